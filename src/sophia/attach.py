@@ -1,0 +1,252 @@
+"""Records the training forwards of a model, so that ``step()`` can run them again for a refresh of h.
+
+Two hooks on the model keep, on the steps where a refresh is due, *references* to what the model was called
+with, the autocast state, and which predictions entered the loss. The last is read from the user's own
+backward: a hook on the logits notes the rows whose gradient is not zero. By definition that is the set of
+predictions in the loss, for every padding, shift, mask, external loss or label smoothing. Labels among the
+arguments are the fall-back (a compiled graph with the loss inside hands no gradient to the logits), and if
+there are none everything counts, with a warning.
+
+Nothing here knows the optimizer: it sets ``active`` on due steps, reads ``recordings`` and calls ``forget``.
+The hooks hold no reference to the recorder, the logits or the graph; copies and pickles of the model carry
+hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sophia.guards import SophiaWarning
+from sophia.likelihoods import Likelihood
+from sophia.outputs import find_logits, tensors_in
+
+__all__ = ["Autocast", "Recorder", "Recording"]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of a forward."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        """The state at this moment."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def again(self) -> torch.autocast:
+        """A context that restores it."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+
+@dataclass(eq=False)
+class Recording:
+    """One training forward: what is needed to run it again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    autocast: Autocast
+    logits_shape: torch.Size
+    prediction_shape: torch.Size
+    mask: Tensor | None = None
+    """Which predictions count; None until something says so."""
+    mask_source: str = "all"
+    """"mask_fn", "gradient", or "all" as long as nothing is known."""
+    reached: bool = False
+    """Whether a backward has come through the outputs of this forward."""
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Inputs with their version counters, which tell whether somebody wrote into them since."""
+
+    def overwritten(self) -> bool:
+        """Whether an input has been changed in place since the forward."""
+        return any(tensor._version != version for tensor, version in self.versions)
+
+
+class Recorder:
+    """Keeps the training forwards of ``model`` while ``active``.
+
+    Args:
+        model: the module that is really called in the loop and returns logits.
+        likelihood: says what a prediction is, and how to see from a gradient whether it counted.
+        logits_fn: ``logits_fn(output) -> Tensor``, for models whose logits are not found.
+        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell.
+        copy_inputs: keep copies of the inputs, for loops that write into static buffers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        logits_fn: Callable[[Any], Tensor] | None = None,
+        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor] | None = None,
+        copy_inputs: bool = False,
+    ) -> None:
+        self.model, self.likelihood = model, likelihood
+        self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
+        self.active = False
+        self.recordings: list[Recording] = []
+        self._pending: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self.label_shift: int | None = None
+        """Whether the model shifts its labels itself, once it had to be found out."""
+        self._fits: bool | None = None  # whether the loss looks like the likelihood's; None until seen once
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything recorded: the step has been taken."""
+        self.recordings.clear()
+        self._pending = None
+
+    def forget_reached(self) -> None:
+        """Drop the recordings whose backward has run.
+
+        Called on ``zero_grad``: it clears after a step that was skipped, and spares the forward of a trainer
+        that zeroes the gradients between forward and backward.
+        """
+        self.recordings = [recording for recording in self.recordings if not recording.reached]
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: note the inputs before the model can change them."""
+        if not (self.active and model.training and torch.is_grad_enabled()):
+            return
+        if self.copy_inputs:
+            args, kwargs = _copied(args), _copied(kwargs)
+        self._pending = (args, dict(kwargs))
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: find the logits and listen to their gradient."""
+        if self._pending is None:
+            return
+        (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
+        logits = self.find_logits(output)
+        device_type = next((p.device.type for p in model.parameters()), "cpu")
+        recording = Recording(
+            args, kwargs, Autocast.now(device_type), logits.shape, self.likelihood.prediction_shape(logits)
+        )
+        recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        if self.mask_fn is not None:
+            recording.mask, recording.mask_source = self.mask_fn(args, kwargs, output), "mask_fn"
+        elif logits.requires_grad:
+            logits.register_hook(_Listener(recording, self))  # type: ignore[no-untyped-call]
+        for tensor in tensors_in(
+            output if isinstance(output, (Tensor, tuple, list, Mapping)) else getattr(output, "__dict__", {})
+        ):
+            if tensor.requires_grad:
+                tensor.register_hook(_Arrival(recording))  # type: ignore[no-untyped-call]
+        self.recordings.append(recording)
+
+    def find_logits(self, output: Any) -> Tensor:
+        """The logits in an output of the model; RuntimeError if there are none."""
+        logits = find_logits(output) if self.logits_fn is None else self.logits_fn(output)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise RuntimeError(
+                f"cannot find logits in the output of {type(self.model).__name__} "
+                f"({type(output).__name__}); pass logits_fn=, "
+                "a function from the output to the logits. A model with a fused linear cross-entropy has "
+                "none: let it return them in training, "
+                "or use mode='manual'"
+            )
+        return logits
+
+    def check_fit(self, gradient: Tensor) -> None:
+        """Warn, once, if the gradient in the logits is not of the kind that the likelihood's loss gives."""
+        if self._fits is not None:
+            return
+        mismatch = self.likelihood.mismatch(gradient)
+        self._fits = not mismatch > 0.05
+        if not self._fits:
+            warnings.warn(
+                f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
+                "cross-entropy: over the classes it "
+                f"sums to {mismatch:.0%} of its size instead of 0. h will be the curvature of a "
+                "cross-entropy all the same. Give likelihood= "
+                "the name of your loss, or logits_fn= if the output is not the logits",
+                SophiaWarning,
+            )
+
+
+class _Hook:
+    """A hook that forgets its recorder: the model does not keep the optimizer alive, and copies of it do
+    nothing.
+    """
+
+    def __init__(self, recorder: Recorder | None, moment: str) -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+        self._moment = moment
+        # Not to be traced by torch.compile: recording is a side effect, and a graph would bake it in.
+        self._call = torch.compiler.disable(self._record) if recorder is not None else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._call is not None:
+            self._call(*arguments)
+
+    def _record(self, *arguments: Any) -> None:
+        recorder = None if self._recorder is None else self._recorder()
+        if recorder is not None:
+            getattr(recorder, self._moment)(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, self._moment)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._moment)
+
+
+class _Listener:
+    """Reads from the gradient of the logits which predictions count. Weak: it must not keep the recording, or
+    the graph, alive.
+    """
+
+    def __init__(self, recording: Recording, recorder: Recorder) -> None:
+        self._recording, self._recorder = weakref.ref(recording), weakref.ref(recorder)
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        recording, recorder = self._recording(), self._recorder()
+        if recording is None or recorder is None or gradient is None:
+            return  # a compiled graph with the loss inside gives no gradient to the logits
+        recorder.check_fit(gradient)
+        counted = recorder.likelihood.counted(gradient)
+        recording.mask = counted if recording.mask is None else recording.mask | counted
+        recording.mask_source = "gradient"
+
+
+class _Arrival:
+    """Notes that a backward has come through."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = weakref.ref(recording)
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        recording = self._recording()
+        if recording is not None:
+            recording.reached = True
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_copied(item) for item in value)
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,137 @@
+"""What an estimator of the diagonal curvature is: an object with one method, and what that method is given.
+
+An estimate is a pair (diagonal, count): the diagonal of the curvature of the *mean* loss, one tensor a
+parameter, and the number of predictions that it was taken over. A count travels with every estimate because
+almost every wrong Sophia in public is a wrong count.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Estimate", "Estimator", "MicroBatch", "PassByHand", "PassContext", "take_gradients"]
+
+Diagonals = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The diagonal of the curvature of the mean loss, and the count behind it."""
+
+    diagonal: Diagonals
+    """One tensor a parameter, of its shape, float32 or finer; None where the pass did not reach the
+    parameter.
+    """
+    count: float
+    """B, the number of predictions averaged, over all micro-batches and ranks."""
+
+
+class MicroBatch(Protocol):
+    """One recorded forward of the training loop, ready to be run again."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of the forward."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Keyword arguments of the forward."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Which predictions count, bool: ``(B, T)`` for logits ``(B, T, V)``."""
+
+    @property
+    def count(self) -> int:
+        """How many predictions count."""
+
+    def forward(self) -> Any:
+        """Run the model on the recorded inputs under the recorded autocast; return what it returns."""
+
+    def logits(self, output: Any) -> Tensor:
+        """Return the outputs that the likelihood speaks of."""
+
+    def loss(self, output: Any) -> Tensor:
+        """Return the training loss, averaged over the counted predictions of this micro-batch."""
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Return a generator of its own for this micro-batch, rank and step."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """One refresh, as an estimator sees it. The parameters' ``.grad`` is free to use: it is restored
+    afterwards.
+    """
+
+    parameters: Sequence[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    count: float
+    """B over all micro-batches and ranks, known before the pass; 0 in a pass by hand."""
+    shared_generator: Callable[[str], torch.Generator]
+    """Noise that must be equal on all ranks, e.g. Hutchinson's probe, by purpose."""
+    sum_over_ranks: Callable[[Diagonals], Diagonals] = lambda tensors: tensors
+    """Adds up per-rank tensors; call it on gradients, before anything is squared."""
+
+
+class PassByHand(abc.ABC):
+    """What ``with optimizer.hessian_pass() as hp`` hands out; see the estimators for its other methods."""
+
+    @abc.abstractmethod
+    def finish(self) -> Estimate:
+        """Return the estimate; called when the block ends without an error."""
+
+    def sampled_loss(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Summed negative log-likelihood of labels drawn from the model (Gauss-Newton-Bartlett)."""
+        raise TypeError(
+            f"{type(self).__name__} has no sampled_loss(): that is for estimator='gnb'. Use hp.add(loss, "
+            "count)"
+        )
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """Take in the mean loss over ``count`` predictions of one micro-batch (Hutchinson, empirical
+        Fisher).
+        """
+        raise TypeError(
+            f"{type(self).__name__} has no add(): Gauss-Newton-Bartlett samples its own labels. "
+            "Use hp.sampled_loss(logits, mask).backward()"
+        )
+
+
+class Estimator(abc.ABC):
+    """Estimates the diagonal of the curvature. Derive from it to bring your own.
+
+    >>> class Constant(Estimator):
+    ...     def estimate(self, context):
+    ...         return Estimate([torch.ones_like(p) for p in context.parameters], context.count)
+    """
+
+    signed: bool = False
+    """True if the diagonal changes its sign with the loss (a Hessian does, a square does not)."""
+
+    @abc.abstractmethod
+    def estimate(self, context: PassContext) -> Estimate:
+        """Return the estimate from the recorded micro-batches of ``context``."""
+
+    def by_hand(self, context: PassContext) -> PassByHand:
+        """Return the handle for a pass that the user writes; optional."""
+        raise TypeError(
+            f"{type(self).__name__} has no pass by hand: give it a by_hand() method or use mode='replay'"
+        )
+
+
+def take_gradients(parameters: Sequence[Tensor]) -> Diagonals:
+    """Collect ``.grad`` of all parameters, at least float32, and set it to None."""
+    taken: Diagonals = []
+    for parameter in parameters:
+        gradient, parameter.grad = parameter.grad, None
+        taken.append(
+            None if gradient is None else gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        )
+    return taken

@@ -1,0 +1,125 @@
+"""Gauss-Newton-Bartlett: the squared gradient on labels that the model draws itself (Algorithm 2).
+
+For B predictions with outputs z_b and labels y_b drawn from p(. | z_b),
+
+    h_hat = B * ( grad of (1/B) sum_b -log p(y_b | z_b) )^2  =  ( grad of sum_b -log p(y_b | z_b) / sqrt(B)
+    )^2 .
+
+It is unbiased for the diagonal of the Gauss-Newton matrix (1/B) sum_b J_b^T S_b J_b, S_b the curvature of
+-log p in the outputs. In four lines: write e_b for the gradient of -log p(y_b | z_b) in z_b. (1) E e_b = 0,
+as the labels are the model's own (Bartlett's first identity). (2) E e_b e_b^T = S_b (Bartlett's second). (3)
+The draws are independent, so the cross terms E e_b e_c^T vanish. (4) Hence E (sum_b J_b^T e_b)^2 / B = (1/B)
+sum_b diag J_b^T S_b J_b. With the *training* labels (1) fails: that is the empirical Fisher, another
+quantity.
+
+The right-hand form is what runs: it needs no factor afterwards, and numbers of the size of sqrt(h) fit in
+half precision. One draw has a relative standard deviation of about sqrt(2) a coordinate, whatever B: the EMA
+is there to average it.
+
+Source: arXiv 2305.14342v4, Algorithm 2 and section 2.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.curvature.estimate import Estimate, Estimator, PassByHand, PassContext, take_gradients
+from sophia.likelihoods import Categorical, Likelihood
+
+__all__ = ["GaussNewtonBartlett"]
+
+
+class GaussNewtonBartlett(Estimator):
+    """Unbiased, never negative; one forward and one backward over a part of the batch.
+
+    Args:
+        likelihood: the distribution that the loss is the negative logarithm of; categorical by default.
+    """
+
+    def __init__(self, likelihood: Likelihood | None = None) -> None:
+        self.likelihood = Categorical() if likelihood is None else likelihood
+
+    def estimate(self, context: PassContext) -> Estimate:
+        """Return ``(gradient of the sampled loss, summed and divided by sqrt(B))^2``."""
+        scale = context.count**-0.5
+        for batch in context.micro_batches:
+            logits = batch.logits(batch.forward())
+            cotangent = self.likelihood.sampled_gradient(
+                logits, batch.mask, batch.generator("labels"), scale=scale
+            )
+            # .backward(), not autograd.grad: sharded parameters and reentrant checkpointing need it.
+            logits.backward(cotangent)  # type: ignore[no-untyped-call]
+            del logits, cotangent
+        return Estimate(_squares(context.sum_over_ranks(take_gradients(context.parameters))), context.count)
+
+    def by_hand(self, context: PassContext) -> PassByHand:
+        """Return the handle with ``sampled_loss(logits, mask)``."""
+        return _SampledPass(self.likelihood, context)
+
+
+class _SampledPass(PassByHand):
+    def __init__(self, likelihood: Likelihood, context: PassContext) -> None:
+        self._likelihood, self._context = likelihood, context
+        self._count, self._calls = 0, 0
+
+    def sampled_loss(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return a scalar to call ``.backward()`` on; its gradient is that of the summed loss on sampled
+        labels.
+
+        Args:
+            logits: outputs of the model, e.g. ``(B, T, V)``; they must require grad.
+            mask: bool, ``(B, T)``, True where the prediction enters the training loss; everything by default.
+        """
+        shape = self._likelihood.prediction_shape(logits)
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}, but logits of shape "
+                f"{tuple(logits.shape)} hold predictions "
+                f"of shape {tuple(shape)}: pass a bool mask of that shape, e.g. labels != -100"
+            )
+        if not logits.requires_grad:
+            raise ValueError(
+                "the logits do not require grad: run the model with gradients on, inside the hessian_pass() "
+                "block"
+            )
+        generator = self._context.shared_generator(f"labels by hand {self._calls}")
+        self._calls += 1
+        self._count += int(mask.sum())
+        return _SampledLoss.apply(logits, mask, generator, self._likelihood)  # type: ignore[no-any-return, no-untyped-call]
+
+    def finish(self) -> Estimate:
+        gradients = self._context.sum_over_ranks(take_gradients(self._context.parameters))
+        if self._count == 0:
+            return Estimate([None] * len(gradients), 0.0)
+        return Estimate(
+            _squares([g if g is None else g * self._count**-0.5 for g in gradients]), float(self._count)
+        )
+
+
+class _SampledLoss(torch.autograd.Function):
+    """A scalar whose gradient is the likelihood's closed form: no graph over the vocabulary is built.
+
+    Its value is zero: what counts is the gradient, and the sampled loss itself is nobody's objective.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, mask: Tensor, generator: torch.Generator, likelihood: Likelihood
+    ) -> Tensor:
+        ctx.save_for_backward(likelihood.sampled_gradient(logits, mask, generator))
+        return logits.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+
+
+def _squares(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    # In place: the gradients of the pass are ours, and a copy would be as large as the model.
+    return [None if g is None else g.square_() for g in gradients]

@@ -1,0 +1,531 @@
+"""``class Sophia``: books, parameter groups, the choice of a kernel. The mathematics is in
+``update_rule.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sophia.attach import Recorder
+from sophia.curvature import Estimator, estimator_named
+from sophia.curvature.estimate import Estimate, PassByHand
+from sophia.diagnostics import curvature_quantiles, step_shares
+from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_group, check_option
+from sophia.kernels import foreach as foreach_kernel
+from sophia.kernels import single_tensor
+from sophia.likelihoods import Likelihood, likelihood_named
+from sophia.refresh import Refresher, check_ownership, is_due, staleness
+
+__all__ = ["Sophia"]
+
+_STATE = ("exp_avg", "hessian")
+
+
+class Sophia(torch.optim.Optimizer):
+    r"""Sophia (arXiv 2305.14342v4, Algorithm 3) as a drop-in for ``AdamW``.
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+        h \leftarrow \beta_2 h + (1 - \beta_2) \hat h \text{ every } k \text{ steps}, \\
+        \theta &\leftarrow (1 - \eta\lambda)\theta - \eta \, \mathrm{clip}(m / \max(\gamma h, \epsilon), 1)
+
+    ``step()`` renews h by itself: on every k-th step it runs a part of the recorded training forwards again,
+    with labels drawn from the model, in a sandbox that leaves ``.grad``, buffers and random generators as
+    they were. The loop needs no other change.
+
+    Args:
+        model_or_params: the model (matrices are decayed, vectors are not), or parameters, parameter groups or
+        named
+            parameters as for any optimizer of torch; the latter with ``model=``.
+        lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's.
+        betas: decay of m a step, and of h a refresh. The paper's.
+        gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official repository
+        calls it rho. eps: floor of the denominator ``gamma h``; above 0. weight_decay: decoupled, times lr.
+        model: the module whose training forwards are recorded: the one that is really called and returns
+        logits. update_every: k, steps between two refreshes. fraction: share of the micro-batches (of the
+        rows, if there is one micro-batch) that a refresh uses. estimator: ``"gnb"``, ``"hutchinson"``,
+        ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``. likelihood: ``"categorical"``,
+        ``"bernoulli"``, ``"gaussian"`` or a ``sophia.likelihoods.Likelihood``. mode: ``"replay"``, or
+        ``"manual"``: h is renewed by ``with opt.hessian_pass()`` alone. seed: of the noise of the refreshes,
+        which is a function of (seed, step, rank, micro-batch). logits_fn: from the model's output to the
+        logits, where they are not found. mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the
+        predictions that count, where the gradient does not tell. copy_inputs: keep copies of the model's
+        inputs on due steps, for loops that overwrite them. process_group: ranks that train the same
+        parameters; None for the default group, False for none. state_dtype: of m and h; float64 parameters
+        have float64 state. maximize, foreach, fused, capturable, differentiable: as in ``torch.optim.AdamW``.
+        ``foreach=None`` chooses.
+
+    Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
+    count B).
+
+    >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+    >>> opt = Sophia(model, lr=1e-2)
+    >>> x, y = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 2, 3, 4])
+    >>> for _ in range(3):
+    ...     opt.zero_grad()
+    ...     nn.functional.cross_entropy(model(x), y).backward()
+    ...     opt.step()
+    >>> opt.stats()["refreshes"], opt.stats()["B"]          # step 0 refreshed h, from half of the four rows
+    (1.0, 2.0)
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 6e-4,
+        betas: tuple[float, float] = (0.96, 0.99),
+        gamma: float = 0.05,
+        eps: float = 1e-12,
+        weight_decay: float = 0.1,
+        *,
+        model: nn.Module | None = None,
+        update_every: int = 10,
+        fraction: float = 0.5,
+        estimator: str | Estimator = "gnb",
+        likelihood: str | Likelihood = "categorical",
+        mode: str = "replay",
+        seed: int = 0,
+        logits_fn: Callable[[Any], Tensor] | None = None,
+        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor] | None = None,
+        copy_inputs: bool = False,
+        process_group: Any = None,
+        state_dtype: torch.dtype = torch.float32,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        check_option("mode", mode, ("replay", "manual"))
+        # Half-precision state needs stochastic rounding to average at all; it is not offered before it has
+        # it.
+        check_option("state_dtype", state_dtype, (torch.float32, torch.float64))
+        check_fraction(fraction)
+        if isinstance(model_or_params, nn.Module):
+            if model is not None and model is not model_or_params:
+                raise ValueError(
+                    "Sophia got two models: pass Sophia(model, ...) or Sophia(params, model=model, ...)"
+                )
+            model = model_or_params
+            params: Any = decayed_and_not(model, weight_decay)
+        else:
+            params = model_or_params
+            if model is None and mode == "replay":
+                raise ValueError(
+                    "Sophia got parameters but no model: pass Sophia(model, ...) or Sophia(params, "
+                    "model=model, ...). Without the model step() could "
+                    "not refresh the Hessian; mode='manual' leaves that to you"
+                )
+        self.mode, self.fraction, self.state_dtype = mode, fraction, state_dtype
+        self.likelihood = likelihood_named(likelihood)
+        self.estimator = estimator_named(estimator, self.likelihood)
+        self.logits_fn, self.mask_fn, self.copy_inputs, self.process_group = (
+            logits_fn,
+            mask_fn,
+            copy_inputs,
+            process_group,
+        )
+        self._ready()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "gamma": gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "update_every": update_every,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            # The books of the refreshes live in the groups: there every checkpoint format carries them.
+            "seed": seed,
+            "step": 0,
+            "refreshed": -1,
+            "refreshes": 0,
+            "skipped": 0,
+        }
+        check_group(defaults)
+        super().__init__(params, defaults)
+        if model is not None and mode == "replay":
+            self.attach(model)
+
+    def _ready(self) -> None:
+        """Set what is neither a setting nor state: it is made anew in a copy."""
+        self._refresher = Refresher(self.estimator, fraction=self.fraction, group=self.process_group)
+        self._recorder: Recorder | None = None
+        self._warned: set[str] = set()
+        self._count = 0.0
+
+    # ---- the model
+    # ---------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Record the training forwards of ``model`` from now on, and of no other. Call it again after
+        wrapping or loading.
+
+        Raises:
+            RuntimeError: some of the optimizer's parameters are not the model's.
+        """
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        check_ownership(self._parameters(), inner)
+        self.detach()
+        self._recorder = Recorder(
+            inner,
+            self.likelihood,
+            logits_fn=self.logits_fn,
+            mask_fn=self.mask_fn,
+            copy_inputs=self.copy_inputs,
+        )
+        self._listen()
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        if self._recorder is not None:
+            self._recorder.detach()
+            self._recorder = None
+
+    def _listen(self) -> None:
+        if self._recorder is not None:
+            self._recorder.active = any(is_due(g["step"], g["update_every"]) for g in self.param_groups)
+
+    # ---- the step
+    # ----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; refresh h first if it is due.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; optional, called once, with gradients on.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: a refresh is due and cannot be done, or a gradient is sparse or complex. Nothing has
+            moved then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                check_gradient(parameter.grad, parameter)
+        with torch.no_grad():
+            if self.mode == "replay":
+                self._refresh_if_due()
+        for group in self.param_groups:
+            self._warn_if_stale(group)
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._update(group)
+            group["step"] += 1
+        self._listen()
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            # A tensor lr exists so that graphs and compiled steps need no new lr baked in; elsewhere a number
+            # is faster.
+            lr = (
+                lr.reshape(())
+                if group["capturable"] or group["differentiable"] or lr.requires_grad
+                else lr.item()
+            )
+        settings = {
+            "lr": lr,
+            "beta1": float(group["betas"][0]),
+            "gamma": float(group["gamma"]),
+            "eps": float(group["eps"]),
+            "weight_decay": float(group["weight_decay"]),
+            "maximize": group["maximize"],
+        }
+        lists: dict[tuple[torch.device, torch.dtype] | None, tuple[list[Tensor], ...]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self._state_of(parameter)
+            row = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
+            fast = (
+                group["foreach"] is not False and not group["differentiable"] and foreach_kernel.applies(*row)
+            )
+            key = (parameter.device, parameter.dtype) if fast else None
+            for column, tensor in zip(lists.setdefault(key, ([], [], [], [])), row, strict=True):
+                column.append(tensor)
+        for key, columns in lists.items():
+            (single_tensor if key is None else foreach_kernel).step(*columns, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; also forgets recorded forwards whose gradients go with it (a step that a scaler
+        skipped).
+        """
+        if self._recorder is not None:
+            self._recorder.forget_reached()
+        super().zero_grad(set_to_none)
+
+    # ---- the curvature
+    # -----------------------------------------------------------------------------------------
+
+    def _refresh_if_due(self) -> None:
+        due = [
+            g
+            for g in self.param_groups
+            if is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
+        ]
+        if due:
+            if self._recorder is None:
+                raise RuntimeError(
+                    f"a Hessian refresh is due at step {due[0]['step']}, but no model is attached (a copy "
+                    "or an unpickled optimizer has none): call "
+                    "opt.attach(model)"
+                )
+            books = self.param_groups[0]
+            estimate = self._refresher.replay(
+                self._recorder, self._parameters(), seed=books["seed"], step=books["step"]
+            )
+            self._take(estimate, due)
+        if self._recorder is not None:
+            self._recorder.forget()
+
+    @contextmanager
+    def hessian_pass(self) -> Iterator[PassByHand]:
+        """Refresh h by hand: any number of micro-batches, in any loop.
+
+            with opt.hessian_pass() as hp:
+                for x, mask in micro_batches:
+                    hp.sampled_loss(model(x), mask).backward()
+
+        ``hp.sampled_loss(logits, mask=None)`` is for Gauss-Newton-Bartlett; Hutchinson and the empirical
+        Fisher have ``hp.add(loss, count)`` with the mean loss over ``count`` predictions. The training
+        gradients in ``.grad``, buffers and random generators are as before afterwards. h changes when the
+        block ends, and not at all if it raises.
+        """
+        books = self.param_groups[0]
+        model = None if self._recorder is None else self._recorder.model
+        if self._recorder is not None:
+            self._recorder.active = False
+        try:
+            with self._refresher.by_hand(
+                model, self._parameters(), seed=books["seed"], step=books["step"]
+            ) as handle:
+                yield handle
+                estimate = handle.finish()
+            with torch.no_grad():
+                self._take(estimate, self.param_groups)
+        finally:
+            self._listen()
+
+    def _take(self, estimate: Estimate, groups: list[dict[str, Any]]) -> None:
+        """Average an estimate into h, unless something is wrong with it: then it is skipped, counted and
+        said.
+        """
+        parameters = self._parameters()
+        self._count = estimate.count
+        objection = self._refresher.objection(estimate, parameters[0].device)
+        if objection is not None:
+            for group in groups:
+                group["skipped"] += 1
+            self._warn_once(
+                "skipped",
+                f"a Hessian pass was skipped at step {groups[0]['step']}: {objection}. h is unchanged; "
+                "opt.stats() counts skips",
+            )
+            return
+        diagonals = {id(p): d for p, d in zip(parameters, estimate.diagonal, strict=True)}
+        unreached = [p for p in parameters if diagonals[id(p)] is None and p.grad is not None]
+        if unreached:
+            self._warn_once(
+                "unreached",
+                f"{len(unreached)} of {len(parameters)} parameters have a training gradient but none in the "
+                "Hessian pass (shapes "
+                f"{[tuple(p.shape) for p in unreached[:3]]}): the logits do not depend on them. They move "
+                "by sign momentum",
+            )
+        for group in groups:
+            beta2 = float(group["betas"][1])
+            for parameter in group["params"]:
+                hessian = self._state_of(parameter)["hessian"]
+                diagonal = diagonals[id(parameter)]
+                if diagonal is None:
+                    hessian.mul_(beta2)  # the estimate of a parameter that the pass does not reach is zero
+                    continue
+                if self.estimator.signed and group["maximize"]:
+                    diagonal = diagonal.neg()
+                hessian.lerp_(diagonal.to(hessian.device, hessian.dtype), 1 - beta2)
+            group["refreshed"] = group["step"]
+            group["refreshes"] += 1
+        self._warned.discard("stale")
+
+    def _warn_if_stale(self, group: dict[str, Any]) -> None:
+        message = staleness(group["step"], group["refreshed"], group["update_every"], self.mode)
+        if message is not None:
+            self._warn_once("stale", message)
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, SophiaWarning)
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for a log, names stable; costs a few passes over the state, so call it when you log.
+
+        ``unclipped`` (|m| < gamma h), ``eps_limited`` (gamma h <= eps) and ``h_zero`` are shares of the
+        coordinates; ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
+        pass; ``age`` the steps taken since h was renewed (all steps, if it never was); ``refreshes`` and
+        ``skipped`` count passes. ``sophia.diagnostics.advice`` turns them into a sentence.
+        """
+        groups = [
+            (
+                [s["exp_avg"] for s in states],
+                [s["hessian"] for s in states],
+                float(g["gamma"]),
+                float(g["eps"]),
+            )
+            for g in self.param_groups
+            if (states := [self.state[p] for p in g["params"] if "hessian" in self.state.get(p, {})])
+        ]
+        books = self.param_groups[0]
+        return {
+            **step_shares(groups),
+            **curvature_quantiles([h for _, hs, _, _ in groups for h in hs]),
+            "B": self._count,
+            "age": float(books["step"] - max(books["refreshed"], 0)),
+            "refreshes": float(books["refreshes"]),
+            "skipped": float(books["skipped"]),
+        }
+
+    # ---- books
+    # -------------------------------------------------------------------------------------------------
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = cast("dict[str, Tensor]", self.state[parameter])
+        if not state:
+            dtype = torch.promote_types(self.state_dtype, parameter.dtype)
+            for name in _STATE:
+                state[name] = torch.zeros_like(
+                    parameter, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
+                )
+        return state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group's settings are checked before anything is added, and it joins at the current
+        step.
+        """
+        check_group({**self.defaults, **param_group})
+        if self.param_groups:
+            param_group = {
+                "step": self.param_groups[0]["step"],
+                "seed": self.param_groups[0]["seed"],
+                **param_group,
+            }
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.is_complex():
+                del self.param_groups[-1]
+                raise ValueError(
+                    "Sophia does not support complex parameters: curvature is defined coordinate by "
+                    "coordinate. Use torch.view_as_real"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict()`` of Sophia; m and h keep their precision whatever the parameters' is.
+
+        Raises:
+            ValueError: it is another optimizer's, or does not fit the parameters. Nothing has changed then.
+        """
+        loaded: dict[str, Any] = {}
+        # Registered last, so it sees what the user's own hooks made of the state.
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state) or None)
+        saved_groups, saved_state = self.param_groups, self.state
+        try:
+            super().load_state_dict(state_dict)
+            try:
+                self._restore_state(loaded)
+            except ValueError:
+                self.param_groups, self.state = saved_groups, saved_state
+                raise
+        finally:
+            handle.remove()
+        self._warned.clear()
+        if self._recorder is not None:
+            self._recorder.forget()
+        self._listen()
+
+    def _restore_state(self, loaded: dict[str, Any]) -> None:
+        """Take m and h from the file itself: torch has cast them to the dtype of the parameters."""
+        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, self._parameters(), strict=True):
+            entries = loaded["state"].get(number)
+            if not entries:
+                continue
+            if set(entries) != set(_STATE):
+                other = "an Adam's (exp_avg_sq)" if "exp_avg_sq" in entries else "another optimizer's"
+                raise ValueError(
+                    f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
+                    f"{sorted(_STATE)}: this is {other} state, whose "
+                    "second moment is not a curvature. Start Sophia afresh from the model's weights"
+                )
+            state = self.state[parameter]
+            for name in _STATE:
+                value = entries[name]
+                if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(
+                        f"{name} of parameter {number} has shape {shape}, but the parameter has "
+                        f"{tuple(parameter.shape)}: load the state of the same model"
+                    )
+                dtype = torch.promote_types(self.state_dtype, parameter.dtype)
+                state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        settings = (
+            "mode",
+            "fraction",
+            "state_dtype",
+            "likelihood",
+            "estimator",
+            "logits_fn",
+            "mask_fn",
+            "copy_inputs",
+            "process_group",
+        )
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in settings}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        recorder = self.__dict__.get(
+            "_recorder"
+        )  # load_state_dict comes through here too: it keeps the model
+        super().__setstate__(state)
+        if "mode" in state:
+            self._ready()
+            self._recorder = recorder
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of a model's trainable parameters: matrices and larger are decayed, vectors and scalars are
+    not.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
+            "nothing to train"
+        )
+    groups = [
+        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

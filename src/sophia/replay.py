@@ -1,0 +1,185 @@
+"""Running recorded forwards again: which of them, which rows, and what counts.
+
+Whole micro-batches are taken first, as that costs no recompilation; with a single one, a part of its rows.
+The predictions that count are known before the pass, so their number B is too.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.attach import Recorder, Recording
+from sophia.guards import SophiaWarning
+from sophia.noise import generator
+from sophia.outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
+
+__all__ = ["Replay", "RowsCannotBeTaken", "choose"]
+
+
+class RowsCannotBeTaken(Exception):
+    """The model does not run on a part of the rows of its inputs."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A recorded forward, or the first rows of it, as an estimator sees it (``curvature.MicroBatch``)."""
+
+    recorder: Recorder
+    recording: Recording
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    mask: Tensor
+    count: int
+    key: tuple[int | str, ...]
+    rows: int | None
+
+    def forward(self) -> Any:
+        """Run the model on the recorded inputs, under the recorded autocast."""
+        if self.rows is None:
+            with self.recording.autocast.again():
+                return self.recorder.model(*self.args, **self.kwargs)
+        try:
+            with self.recording.autocast.again():
+                output = self.recorder.model(*self.args, **self.kwargs)
+            fits = self.recorder.find_logits(output).shape[: self.mask.ndim] == self.mask.shape
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RowsCannotBeTaken(f"{type(error).__name__}: {error}") from error
+        if not fits:
+            raise RowsCannotBeTaken("the logits do not have the rows that were asked for")
+        return output
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits, checked against those of the training forward."""
+        logits = self.recorder.find_logits(output)
+        expected = (
+            self.recording.logits_shape
+            if self.rows is None
+            else (self.rows, *self.recording.logits_shape[1:])
+        )
+        if tuple(logits.shape) != tuple(expected):
+            raise RuntimeError(
+                f"replay gave logits of shape {tuple(logits.shape)} but training gave {tuple(expected)}: "
+                "the model's output depends on more "
+                "than its inputs, so its forward cannot be repeated. Use mode='manual' and opt.hessian_pass()"
+            )
+        return logits
+
+    def loss(self, output: Any) -> Tensor:
+        """The mean training loss over the counted predictions, from the output."""
+        return mean_loss(output, self.kwargs, self.count)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Noise of this micro-batch alone."""
+        return generator(self.mask.device, *self.key, purpose)
+
+
+def choose(
+    recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], rows_work: bool
+) -> list[Replay]:
+    """The part of the recordings that a refresh runs again.
+
+    Args:
+        recorder: holds the recordings since the last step.
+        fraction: of the micro-batches, rounded up; of the rows if there is one micro-batch only.
+        key: (seed, step, rank), from which the noise of each micro-batch is made.
+        rows_work: whether a part of the rows may be taken at all.
+    """
+    recordings = recorder.recordings
+    if any(
+        recording.reached for recording in recordings
+    ):  # the others never entered the loss (a validation without eval())
+        recordings = [recording for recording in recordings if recording.reached]
+    if any(recording.overwritten() for recording in recordings):
+        raise RuntimeError(
+            "an input tensor was modified in place between forward and step(), so the forward cannot be "
+            "repeated on what it saw; "
+            "pass copy_inputs=True"
+        )
+    recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
+    rows: int | None = None
+    if fraction < 1 and len(recorder.recordings) == 1 and rows_work and recordings[0].prediction_shape:
+        batch = recordings[0].logits_shape[0]
+        rows = max(1, int(fraction * batch)) if batch > 1 else None
+    return [_replay(recorder, recording, rows, (*key, micro)) for micro, recording in enumerate(recordings)]
+
+
+def _replay(recorder: Recorder, recording: Recording, rows: int | None, key: tuple[int | str, ...]) -> Replay:
+    mask = _mask(recorder, recording)
+    args, kwargs = recording.args, recording.kwargs
+    if rows is not None:
+        batch = recording.logits_shape[0]
+        args, kwargs, mask = _first(args, rows, batch), _first(dict(kwargs), rows, batch), mask[:rows]
+    # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
+    # ours to enter.
+    args, kwargs = _detached(args), _detached(dict(kwargs))
+    return Replay(recorder, recording, args, kwargs, mask, int(mask.sum()), key, rows)
+
+
+def _mask(recorder: Recorder, recording: Recording) -> Tensor:
+    if recording.mask is not None:
+        if recording.mask.shape != recording.prediction_shape or recording.mask.dtype != torch.bool:
+            raise RuntimeError(
+                f"mask_fn returned {recording.mask.dtype} of shape {tuple(recording.mask.shape)}, but the "
+                "predictions have shape "
+                f"{tuple(recording.prediction_shape)}: return a bool mask of that shape"
+            )
+        return recording.mask
+    mask = _mask_from_labels(recorder, recording)
+    if mask is not None:
+        recording.mask_source = "labels"
+        return mask
+    warnings.warn(
+        "no gradient reached the logits and no labels were found among the inputs: counting every position. "
+        "If some are padding, B is too "
+        "large; pass mask_fn=",
+        SophiaWarning,
+    )
+    device = next(recorder.model.parameters()).device
+    return torch.ones(recording.prediction_shape, dtype=torch.bool, device=device)
+
+
+def _mask_from_labels(recorder: Recorder, recording: Recording) -> Tensor | None:
+    if recorder.likelihood.event_dims != 1 or len(recording.prediction_shape) < 1:
+        return None
+    args, kwargs, shape = recording.args, recording.kwargs, recording.prediction_shape
+    classes = recording.logits_shape[-1]
+    if labels_mask(args, kwargs, shape, classes, shift=0) is None:
+        return None
+    if recorder.label_shift is None and len(shape) == 2:
+        # Once per model: one more forward, without gradients, tells whether the model shifts its labels
+        # itself.
+        with torch.no_grad(), recording.autocast.again():
+            output = recorder.model(*args, **kwargs)
+        by_loss = shift_by_loss(args, kwargs, recorder.find_logits(output), find_loss(output))
+        recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
+    return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
+
+
+def _first(value: Any, rows: int, batch: int) -> Any:
+    """The first rows of every tensor that has as many as the batch; views, not copies."""
+    if isinstance(value, Tensor):
+        return value[:rows] if value.ndim and value.shape[0] == batch else value
+    return _mapped(value, lambda item: _first(item, rows, batch))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    return _mapped(value, _detached)
+
+
+def _mapped(value: Any, function: Any) -> Any:
+    if type(value) is dict:
+        return {key: function(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(function(item) for item in value)
+    return value

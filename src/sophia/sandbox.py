@@ -1,0 +1,86 @@
+"""A place to run the model for the curvature's sake, from which nothing leaks into the training.
+
+Inside, the parameters' ``.grad`` is free, gradients are on and dropout has its own noise. Afterwards
+``.grad`` (the very same tensors), all buffers (BatchNorm statistics among them), and the global random
+generators of torch, Python and NumPy are bit for bit as before.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["sandbox"]
+
+
+@contextmanager
+def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int) -> Iterator[None]:
+    """Protect the training state; inside, torch's generators are seeded with ``seed``."""
+    for parameter in parameters:
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} has a post-accumulate-grad hook (an "
+                "optimizer in the backward?). It would "
+                "fire during the Hessian pass and take the sampled gradient for the training gradient. "
+                "Remove the hook"
+            )
+    saved = [parameter.grad for parameter in parameters]
+    buffers = [] if model is None else _buffers(model)
+    cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with _python_and_numpy_random(), torch.random.fork_rng(devices=cuda), torch.enable_grad():
+            # Not torch.manual_seed: it would also seed devices that are not restored.
+            torch.default_generator.manual_seed(seed)
+            for index in cuda:
+                torch.cuda.default_generators[index].manual_seed(seed)
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, saved, strict=True):
+            parameter.grad = gradient
+        for module, name, tensor, version, copy in buffers:
+            _restore(module, name, tensor, version, copy)
+
+
+_Buffer = tuple[nn.Module, str, Tensor, int, Tensor]
+
+
+def _buffers(model: nn.Module) -> list[_Buffer]:
+    return [
+        (module, name, buffer, _version(buffer), buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _restore(module: nn.Module, name: str, tensor: Tensor, version: int, copy: Tensor) -> None:
+    if module._buffers.get(name) is not tensor:
+        module._buffers[name] = tensor
+    if _version(tensor) != version:
+        with torch.no_grad():
+            tensor.copy_(copy)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _python_and_numpy_random() -> Iterator[None]:
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy.random")  # only if somebody imported it: torch does not need it
+    state = None if numpy is None else numpy.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        if state is not None:
+            numpy.set_state(state)
