@@ -99,6 +99,7 @@ class Recorder:
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
         self._fits: bool | None = None  # whether the loss looks like the likelihood's; None until seen once
+        _keep_out_of_graphs()
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
@@ -188,17 +189,13 @@ class _Hook:
     nothing.
     """
 
+    untraced = False
+
     def __init__(self, recorder: Recorder | None, moment: str) -> None:
         self._recorder = None if recorder is None else weakref.ref(recorder)
         self._moment = moment
-        # Not to be traced by torch.compile: recording is a side effect, and a graph would bake it in.
-        self._call = torch.compiler.disable(self._record) if recorder is not None else None  # type: ignore[no-untyped-call]
 
     def __call__(self, *arguments: Any) -> None:
-        if self._call is not None:
-            self._call(*arguments)
-
-    def _record(self, *arguments: Any) -> None:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is not None:
             getattr(recorder, self._moment)(*arguments)
@@ -208,6 +205,16 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, self._moment)
+
+
+def _keep_out_of_graphs() -> None:
+    """Keep torch.compile from tracing the hooks: recording is a side effect that a graph would bake in.
+
+    Done when the first model is attached, because ``torch.compiler.disable`` imports the compiler.
+    """
+    if not getattr(_Hook, "untraced", False):
+        _Hook.__call__ = torch.compiler.disable(_Hook.__call__)  # type: ignore[method-assign, no-untyped-call]
+        _Hook.untraced = True
 
 
 class _Listener:

@@ -16,15 +16,15 @@ from sophia.attach import Recorder
 from sophia.curvature import Estimator, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import curvature_quantiles, step_shares
-from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_group, check_option
+from sophia.groups import check_group, decayed_and_not
+from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import foreach as foreach_kernel
 from sophia.kernels import single_tensor
 from sophia.likelihoods import Likelihood, likelihood_named
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
+from sophia.state import new_state, restore_state
 
 __all__ = ["Sophia"]
-
-_STATE = ("exp_avg", "hessian")
 
 
 class Sophia(torch.optim.Optimizer):
@@ -410,11 +410,7 @@ class Sophia(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
         if not state:
-            dtype = torch.promote_types(self.state_dtype, parameter.dtype)
-            for name in _STATE:
-                state[name] = torch.zeros_like(
-                    parameter, dtype=dtype, requires_grad=False, memory_format=torch.preserve_format
-                )
+            state.update(new_state(parameter, self.state_dtype))
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -450,7 +446,7 @@ class Sophia(torch.optim.Optimizer):
         try:
             super().load_state_dict(state_dict)
             try:
-                self._restore_state(loaded)
+                restore_state(self.state, self._parameters(), loaded, self.state_dtype)
             except ValueError:
                 self.param_groups, self.state = saved_groups, saved_state
                 raise
@@ -460,32 +456,6 @@ class Sophia(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.forget()
         self._listen()
-
-    def _restore_state(self, loaded: dict[str, Any]) -> None:
-        """Take m and h from the file itself: torch has cast them to the dtype of the parameters."""
-        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
-        for number, parameter in zip(numbers, self._parameters(), strict=True):
-            entries = loaded["state"].get(number)
-            if not entries:
-                continue
-            if set(entries) != set(_STATE):
-                other = "an Adam's (exp_avg_sq)" if "exp_avg_sq" in entries else "another optimizer's"
-                raise ValueError(
-                    f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
-                    f"{sorted(_STATE)}: this is {other} state, whose "
-                    "second moment is not a curvature. Start Sophia afresh from the model's weights"
-                )
-            state = self.state[parameter]
-            for name in _STATE:
-                value = entries[name]
-                if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(
-                        f"{name} of parameter {number} has shape {shape}, but the parameter has "
-                        f"{tuple(parameter.shape)}: load the state of the same model"
-                    )
-                dtype = torch.promote_types(self.state_dtype, parameter.dtype)
-                state[name] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
         settings = (
@@ -512,20 +482,3 @@ class Sophia(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of a model's trainable parameters: matrices and larger are decayed, vectors and scalars are
-    not.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
-        raise ValueError(
-            f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
-            "nothing to train"
-        )
-    groups = [
-        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
-        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

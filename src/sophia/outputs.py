@@ -111,16 +111,15 @@ def shift_by_loss(
     labels = _labels_among(args, kwargs, logits.shape[:-1])
     if labels is None or loss is None or loss.ndim != 0 or logits.ndim != 3:
         return None
+    actual = float(loss.detach())
     distances: list[float] = []
     for shift in (0, 1):
         z, y = logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten()
         keep = (y >= 0) & (y < z.shape[-1])
         if not bool(keep.any()):
             return None
-        distances.append(
-            abs(float(F.cross_entropy(z[keep].float(), y[keep].long())) - float(loss))
-            / max(abs(float(loss)), 1e-9)
-        )
+        plain = float(F.cross_entropy(z[keep].float(), y[keep].long()))
+        distances.append(abs(plain - actual) / max(abs(actual), 1e-9))
     near, far = sorted(distances)
     return distances.index(near) if near < 2e-3 and far > 10 * near else None
 

@@ -155,11 +155,11 @@ def _mask_from_labels(recorder: Recorder, recording: Recording) -> Tensor | None
     if labels_mask(args, kwargs, shape, classes, shift=0) is None:
         return None
     if recorder.label_shift is None and len(shape) == 2:
-        # Once per model: one more forward, without gradients, tells whether the model shifts its labels
-        # itself.
-        with torch.no_grad(), recording.autocast.again():
+        # Once per model: one more forward tells whether the model shifts its labels itself. With gradients
+        # on, as without them a compiled model would compile again.
+        with recording.autocast.again():
             output = recorder.model(*args, **kwargs)
-        by_loss = shift_by_loss(args, kwargs, recorder.find_logits(output), find_loss(output))
+        by_loss = shift_by_loss(args, kwargs, recorder.find_logits(output).detach(), find_loss(output))
         recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
     return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
 

@@ -1,0 +1,69 @@
+"""Parameter groups: which parameters are decayed, and whether a group's settings can be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sophia.guards import check_number
+
+__all__ = ["check_group", "decayed_and_not"]
+
+
+def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of a model's trainable parameters: matrices and larger are decayed, vectors and scalars are
+    not.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
+            "nothing to train"
+        )
+    groups = [
+        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
+        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first setting of a parameter group that cannot be meant."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(
+            f"lr is a tensor of {lr.numel()} elements: the learning rate of a group is one number"
+        )
+    check_number("lr", lr, at_least=0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(
+            f"betas={betas!r}: give two numbers, the decay of m and the decay of h, e.g. (0.96, 0.99)"
+        )
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        check_number(name, beta, at_least=0.0, below=1.0)
+    check_number("gamma", group["gamma"], above=0.0)
+    # With eps = 0 a coordinate whose m and h are both zero (an unseen token's embedding) would be 0 / 0.
+    check_number("eps", group["eps"], above=0.0)
+    check_number("weight_decay", group["weight_decay"], at_least=0.0)
+    every = group["update_every"]
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(
+            f"update_every={every!r}: h is renewed every so many steps, a whole number from 1; the paper "
+            "has 10"
+        )
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError(
+            "`fused` and `foreach` cannot be `True` together: leave both at None to let Sophia choose"
+        )
+    if group["fused"]:
+        raise RuntimeError(
+            "fused=True: Sophia has no fused kernel in this version. Leave fused=None to let Sophia choose "
+            "the fastest path"
+        )
+    if group["differentiable"] and (group["foreach"] or group["capturable"]):
+        raise RuntimeError(
+            "differentiable=True runs tensor by tensor: it goes with neither foreach=True nor capturable=True"
+        )

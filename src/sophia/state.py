@@ -1,0 +1,65 @@
+"""The two buffers of a parameter, and how they come back from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["new_state", "restore_state"]
+
+_NAMES = ("exp_avg", "hessian")
+
+
+def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """M and h of a parameter, zero, in its memory layout; float64 parameters have float64 state."""
+    wide = torch.promote_types(dtype, parameter.dtype)
+    return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}
+
+
+def restore_state(
+    state: MutableMapping[Any, Any],
+    parameters: Sequence[Tensor],
+    loaded: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Put m and h of a loaded state dict into ``state``, as copies, in the precision of the state.
+
+    ``torch.optim.Optimizer.load_state_dict`` casts them to the dtype of the parameters, which would leave a
+    half-precision model with a half-precision h: 1e-11 becomes zero.
+
+    Raises:
+        ValueError: the entries are not Sophia's or do not fit the parameters.
+    """
+    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        entries = loaded["state"].get(number)
+        if not entries:
+            continue
+        _check(entries, number, parameter)
+        restored = new_state(parameter, dtype)
+        for name in _NAMES:
+            restored[name].copy_(entries[name])
+        state[parameter] = restored
+
+
+def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
+    if set(entries) != set(_NAMES):
+        other = "an Adam's (exp_avg_sq)" if "exp_avg_sq" in entries else "another optimizer's"
+        raise ValueError(
+            f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
+            f"{sorted(_NAMES)}: "
+            f"this is {other} state, whose second moment is not a curvature. Start Sophia afresh from the "
+            "model's weights"
+        )
+    for name in _NAMES:
+        value = entries[name]
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{name} of parameter {number} has shape {shape}, but the parameter has "
+                f"{tuple(parameter.shape)}: "
+                "load the state of the same model"
+            )
