@@ -20,7 +20,9 @@ def check_number(
 ) -> None:
     """Raise ValueError, with name and value, unless ``value`` is a finite number within the bounds."""
     try:
-        number = float(value)
+        if isinstance(value, str):
+            raise TypeError  # "1e-3" out of a YAML file: float() reads it, and the step cannot multiply by it
+        number = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r}: expected a number") from None
     if not math.isfinite(number) or number <= above or number < at_least or number >= below:
