@@ -37,7 +37,8 @@ def step(
     for param, grad, exp_avg, hessian in zip(params, grads, exp_avgs, hessians, strict=True):
         wide = torch.promote_types(param.dtype, exp_avg.dtype)
         theta, m = sophia_step(
-            param.to(wide),
+            # A graph through the step (to a tensor lr, say) needs the parameter as it was before copy_ below.
+            param.to(wide, copy=torch.is_grad_enabled()),
             (-grad if maximize else grad).to(wide),
             exp_avg.to(wide),
             hessian.to(wide),
