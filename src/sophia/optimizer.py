@@ -22,7 +22,7 @@ from sophia.kernels import foreach as foreach_kernel
 from sophia.kernels import single_tensor
 from sophia.likelihoods import Likelihood, likelihood_named
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
-from sophia.state import new_state, restore_state
+from sophia.state import check_origin, new_state, restore_state
 
 __all__ = ["Sophia"]
 
@@ -147,6 +147,7 @@ class Sophia(torch.optim.Optimizer):
             # The books of the refreshes live in the groups: there every checkpoint format carries them.
             "seed": seed,
             "step": 0,
+            "joined": 0,
             "refreshed": -1,
             "refreshes": 0,
             "skipped": 0,
@@ -221,8 +222,9 @@ class Sophia(torch.optim.Optimizer):
         with torch.no_grad():
             if self.mode == "replay":
                 self._refresh_if_due()
-        for group in self.param_groups:
+        for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
             self._warn_if_stale(group)
+        for group in self.param_groups:
             with torch.set_grad_enabled(group["differentiable"]):
                 self._update(group)
             group["step"] += 1
@@ -364,7 +366,10 @@ class Sophia(torch.optim.Optimizer):
         self._warned.discard("stale")
 
     def _warn_if_stale(self, group: dict[str, Any]) -> None:
-        message = staleness(group["step"], group["refreshed"], group["update_every"], self.mode)
+        joined = group["joined"]
+        message = staleness(
+            group["step"] - joined, max(group["refreshed"] - joined, -1), group["update_every"], self.mode
+        )
         if message is not None:
             self._warn_once("stale", message)
 
@@ -421,6 +426,7 @@ class Sophia(torch.optim.Optimizer):
         if self.param_groups:
             param_group = {
                 "step": self.param_groups[0]["step"],
+                "joined": self.param_groups[0]["step"],
                 "seed": self.param_groups[0]["seed"],
                 **param_group,
             }
@@ -440,18 +446,28 @@ class Sophia(torch.optim.Optimizer):
             ValueError: it is another optimizer's, or does not fit the parameters. Nothing has changed then.
         """
         loaded: dict[str, Any] = {}
-        # Registered last, so it sees what the user's own hooks made of the state.
-        handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state) or None)
+
+        def before(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            check_origin(state)
+            loaded.update(state)
+
+        def after(_: torch.optim.Optimizer) -> None:
+            restore_state(self.state, self._parameters(), loaded, self.state_dtype)
+
+        # The last before and the first after: the user's own hooks may rewrite the file, and see it restored.
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
         saved_groups, saved_state = self.param_groups, self.state
         try:
             super().load_state_dict(state_dict)
-            try:
-                restore_state(self.state, self._parameters(), loaded, self.state_dtype)
-            except ValueError:
-                self.param_groups, self.state = saved_groups, saved_state
-                raise
+        except Exception:
+            self.param_groups, self.state = saved_groups, saved_state
+            raise
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         self._warned.clear()
         if self._recorder is not None:
             self._recorder.forget()

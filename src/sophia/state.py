@@ -8,15 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["new_state", "restore_state"]
+__all__ = ["check_origin", "new_state", "restore_state"]
 
 _NAMES = ("exp_avg", "hessian")
+_FOREIGN = (
+    "whose second moment, if it has one, is not a curvature. Start Sophia afresh from the model's weights"
+)
 
 
 def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """M and h of a parameter, zero, in its memory layout; float64 parameters have float64 state."""
     wide = torch.promote_types(dtype, parameter.dtype)
     return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}
+
+
+def check_origin(loaded: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this can be Sophia's, judged by the groups: the state itself may be empty."""
+    missing = sorted({"state", "param_groups"} - set(loaded))
+    if missing:
+        raise ValueError(
+            f"an optimizer's state has the keys 'param_groups' and 'state', but this one lacks {missing} and "
+            f"has {sorted(map(str, loaded))[:5]}. If it is a whole checkpoint, pass the optimizer's part of "
+            "it"
+        )
+    for number, group in enumerate(loaded["param_groups"]):
+        if "gamma" not in group:
+            other = "an Adam's" if "amsgrad" in group else "another optimizer's"
+            raise ValueError(
+                f"parameter group {number} has the settings {sorted(map(str, group))} but no gamma: this is "
+                f"{other} state, {_FOREIGN}"
+            )
 
 
 def restore_state(
@@ -47,12 +68,9 @@ def restore_state(
 
 def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
     if set(entries) != set(_NAMES):
-        other = "an Adam's (exp_avg_sq)" if "exp_avg_sq" in entries else "another optimizer's"
         raise ValueError(
             f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
-            f"{sorted(_NAMES)}: "
-            f"this is {other} state, whose second moment is not a curvature. Start Sophia afresh from the "
-            "model's weights"
+            f"{sorted(_NAMES)}: this is another optimizer's state, {_FOREIGN}"
         )
     for name in _NAMES:
         value = entries[name]
