@@ -105,10 +105,13 @@ def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=No
     """
     likelihood = LabelsFromLogits() if likelihood is None else likelihood
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # autograd.grad cannot go through reentrant checkpointing
+    checkpoint, model.checkpoint = getattr(model, "checkpoint", None), None
     logits = logits_of(model, x)[mask].float()
     labels = likelihood.draw(torch.softmax(logits.detach(), -1), None)
     loss = F.cross_entropy(logits, labels)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    model.checkpoint = checkpoint
     count = int(mask.sum())
     return {
         p: torch.zeros_like(p) if g is None else count * g * g

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sophia.guards import SophiaWarning
 from sophia.likelihoods import Likelihood
 from sophia.outputs import find_logits, tensors_in
+from sophia.sandbox import in_sandbox
 
 __all__ = ["Autocast", "Recorder", "Recording"]
 
@@ -126,7 +127,7 @@ class Recorder:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
-        if not (self.active and model.training and torch.is_grad_enabled()):
+        if in_sandbox() or not (self.active and model.training and torch.is_grad_enabled()):
             return
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
@@ -134,7 +135,7 @@ class Recorder:
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: find the logits and listen to their gradient."""
-        if self._pending is None:
+        if self._pending is None or in_sandbox():
             return
         (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
         logits = self.find_logits(output)

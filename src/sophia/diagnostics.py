@@ -43,7 +43,7 @@ def curvature_quantiles(hs: Sequence[Tensor]) -> dict[str, float]:
         return {"h_q05": 0.0, "h_q50": 0.0, "h_q95": 0.0}
     stride = max(1, total // _SAMPLE)
     sample = torch.cat([h.detach().reshape(-1)[::stride].float().cpu() for h in hs])
-    values = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    values = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float32)).tolist()
     return dict(zip(("h_q05", "h_q50", "h_q95"), values, strict=True))
 
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Logits entries per chunk: 16 MB of float32.
+CHUNK = 2**22
+
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "likelihood_named"]
 
 
@@ -99,7 +102,7 @@ class Categorical(Likelihood):
             gradient = torch.empty_like(logits) if dense else torch.zeros_like(logits)
             # All uniforms at once: the labels do not depend on the chunk size.
             uniforms = torch.rand(n, dtype=_fine(logits), device=logits.device, generator=generator)
-            chunk = max(1, 2**22 // max(1, logits.shape[-1]))
+            chunk = max(1, CHUNK // max(1, logits.shape[-1]))
             for start in range(0, n, chunk):
                 part: Any = slice(start, start + chunk) if index is None else index[start : start + chunk]
                 p = torch.softmax(logits[part], -1, dtype=_at_least_float32(logits))

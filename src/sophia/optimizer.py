@@ -311,18 +311,13 @@ class Sophia(torch.optim.Optimizer):
         """
         books = self.param_groups[0]
         model = None if self._recorder is None else self._recorder.model
-        if self._recorder is not None:
-            self._recorder.active = False
-        try:
-            with self._refresher.by_hand(
-                model, self._parameters(), seed=books["seed"], step=books["step"]
-            ) as handle:
-                yield handle
-                estimate = handle.finish()
-            with torch.no_grad():
-                self._take(estimate, self.param_groups)
-        finally:
-            self._listen()
+        with self._refresher.by_hand(
+            model, self._parameters(), seed=books["seed"], step=books["step"]
+        ) as handle:
+            yield handle
+            estimate = handle.finish()
+        with torch.no_grad():
+            self._take(estimate, self.param_groups)
 
     def _take(self, estimate: Estimate, groups: list[dict[str, Any]]) -> None:
         """Average an estimate into h, unless something is wrong with it: then it is skipped, counted and

@@ -87,7 +87,6 @@ class Refresher:
             )
         check_ownership(parameters, recorder.model)
         key = (seed, step, rank(self.group))
-        recorder.active = False
         with sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")):
             batches = choose(recorder, fraction=self.fraction, key=key, rows_work=self._rows_work)
             try:
@@ -118,9 +117,8 @@ class Refresher:
         """Hand out the estimator's handle inside the sandbox; call its ``finish`` before leaving the
         block.
         """
-        own = rank(self.group) if not self.estimator.signed else 0  # labels differ by rank, a probe must not
-        with sandbox(model, parameters, seed=seed_for(seed, step, own, "dropout")):
-            yield self.estimator.by_hand(self._context(parameters, [], 0.0, (seed, step, own)))
+        with sandbox(model, parameters, seed=seed_for(seed, step, rank(self.group), "dropout")):
+            yield self.estimator.by_hand(self._context(parameters, [], 0.0, (seed, step)))
 
     def _context(
         self, parameters: list[Tensor], batches: Sequence[Replay], count: float, key: tuple[int, ...]
@@ -130,9 +128,10 @@ class Refresher:
         def summed(tensors: Diagonals) -> Diagonals:
             return sum_tensors(tensors, parameters, self.group)
 
-        return PassContext(
-            parameters, batches, count, lambda purpose: generator(device, *key, purpose), summed
-        )
+        def shared(purpose: str) -> torch.Generator:
+            return generator(device, *key, purpose)
+
+        return PassContext(parameters, batches, count, shared, rank(self.group), summed)
 
     def objection(self, estimate: Estimate, device: torch.device) -> str | None:
         """Why an estimate must not enter h, or None. One synchronisation with the device a refresh."""

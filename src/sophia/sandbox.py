@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["sandbox"]
+__all__ = ["in_sandbox", "sandbox"]
+
+_depth = 0
+
+
+def in_sandbox() -> bool:
+    """Whether a Hessian pass is running: its forwards are nobody's training forwards."""
+    return _depth > 0
 
 
 @contextmanager
@@ -33,8 +40,10 @@ def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int)
     saved = [parameter.grad for parameter in parameters]
     buffers = [] if model is None else _buffers(model)
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    global _depth
     for parameter in parameters:
         parameter.grad = None
+    _depth += 1
     try:
         with _python_and_numpy_random(), torch.random.fork_rng(devices=cuda), torch.enable_grad():
             # Not torch.manual_seed: it would also seed devices that are not restored.
@@ -43,34 +52,33 @@ def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int)
                 torch.cuda.default_generators[index].manual_seed(seed)
             yield
     finally:
+        _depth -= 1
         for parameter, gradient in zip(parameters, saved, strict=True):
             parameter.grad = gradient
-        for module, name, tensor, version, copy in buffers:
-            _restore(module, name, tensor, version, copy)
+        for module, name, tensor, copy in buffers:
+            _restore(module, name, tensor, copy)
 
 
-_Buffer = tuple[nn.Module, str, Tensor, int, Tensor]
+_Buffer = tuple[nn.Module, str, Tensor, Tensor]
 
 
 def _buffers(model: nn.Module) -> list[_Buffer]:
     return [
-        (module, name, buffer, _version(buffer), buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
 
 
-def _restore(module: nn.Module, name: str, tensor: Tensor, version: int, copy: Tensor) -> None:
+def _restore(module: nn.Module, name: str, tensor: Tensor, copy: Tensor) -> None:
     if module._buffers.get(name) is not tensor:
         module._buffers[name] = tensor
-    if _version(tensor) != version:
+    # Compared, not asked for its version: BatchNorm's kernels write without counting. And written to only if
+    # it differs, as a graph that is still alive may have saved it.
+    if not torch.equal(tensor, copy):
         with torch.no_grad():
             tensor.copy_(copy)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -76,6 +76,8 @@ class PassContext:
     """B over all micro-batches and ranks, known before the pass; 0 in a pass by hand."""
     shared_generator: Callable[[str], torch.Generator]
     """Noise that must be equal on all ranks, e.g. Hutchinson's probe, by purpose."""
+    rank: int = 0
+    """Number of this process, for noise that must differ between the ranks."""
     sum_over_ranks: Callable[[Diagonals], Diagonals] = lambda tensors: tensors
     """Adds up per-rank tensors; call it on gradients, before anything is squared."""
 

@@ -87,7 +87,7 @@ class _SampledPass(PassByHand):
                 "the logits do not require grad: run the model with gradients on, inside the hessian_pass() "
                 "block"
             )
-        generator = self._context.shared_generator(f"labels by hand {self._calls}")
+        generator = self._context.shared_generator(f"labels by hand {self._context.rank} {self._calls}")
         self._calls += 1
         self._count += int(mask.sum())
         return _SampledLoss.apply(logits, mask, generator, self._likelihood)  # type: ignore[no-any-return, no-untyped-call]
