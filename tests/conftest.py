@@ -1,8 +1,11 @@
-"""One thread a test process (two run side by side), and a fixed global seed."""
+"""One thread a test process (two run side by side), a fixed global seed, no clock in hypothesis."""
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("default run", deadline=None, derandomize=True, database=None)
+settings.load_profile("default run")
 torch.set_num_threads(1)
 
 

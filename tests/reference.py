@@ -45,6 +45,7 @@ class Reference:
         self.thetas = [array(t) for t in tensors]
         self.ms = [np.zeros_like(t) for t in self.thetas]
         self.hs = [np.zeros_like(t) for t in self.thetas]
+        self.smallest = [np.full_like(t, np.inf) for t in self.thetas]  # |m| over the steps
         self.sign = -1.0 if maximize else 1.0
         self.settings = {**SETTINGS, **settings}
 
@@ -61,6 +62,7 @@ class Reference:
                 self.thetas[i], self.ms[i] = paper_step(
                     self.thetas[i], self.sign * array(g), self.ms[i], self.hs[i], **settings
                 )
+                self.smallest[i] = np.minimum(self.smallest[i], np.abs(self.ms[i]))
 
 
 class Given(Estimator):
