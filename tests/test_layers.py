@@ -1,0 +1,150 @@
+"""The shape of the package: imports point down the list, the library needs torch alone, and importing it loads
+nothing else.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sophia
+
+SOURCE = Path(sophia.__file__).parent
+
+# Low to high. A module may import from lower lines, and from its own package; never from its own line.
+LAYERS = [
+    {"sophia.update_rule", "sophia.guards", "sophia.noise", "sophia.likelihoods", "sophia.outputs"},
+    {"sophia.curvature"},
+    {"sophia.kernels", "sophia.distributed"},
+    {"sophia.attach", "sophia.sandbox"},
+    {"sophia.replay"},
+    {"sophia.refresh"},
+    {"sophia.diagnostics", "sophia.groups", "sophia.state"},
+    {"sophia.optimizer"},
+    {"sophia"},
+    {"sophia.integrations"},
+    {"sophia.lab"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+HOSTS = {"sophia.integrations", "sophia.lab"}  # these may import frameworks
+
+
+def module_name(path):
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit(module):
+    """The entry of the list that a module belongs to: a file, or a package with all that is in it."""
+    parts = module.split(".")
+    return "sophia" if len(parts) == 1 else ".".join(parts[:2])
+
+
+def is_module(name):
+    path = SOURCE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(module, source, *, package=False):
+    """All modules that a source imports, at any depth (inside functions too)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + package]
+                base = ".".join([*parts, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.append(inner if base.split(".")[0] == "sophia" and is_module(inner) else base)
+    return found
+
+
+def arrows_upwards(module, source, *, package=False):
+    """The imports of a module that do not point down."""
+    own = unit(module)
+    targets = {
+        unit(name) for name in imports(module, source, package=package) if name.split(".")[0] == "sophia"
+    }
+    return sorted(t for t in targets if t != own and LEVEL[t] >= LEVEL[own])
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SOURCE)) for p in FILES])
+def test_imports_point_down(path):
+    """A circle of imports, or mathematics that knows the optimizer, the optimizer that knows the lab."""
+    name = module_name(path)
+    assert unit(name) in LEVEL, f"{unit(name)} has no place in the list of layers: give it one"
+    upwards = arrows_upwards(name, path.read_text(), package=path.name == "__init__.py")
+    assert not upwards, f"{name} imports from {upwards}, which are not below it"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("sophia.update_rule", "from sophia.optimizer import Sophia", ["sophia.optimizer"]),
+        ("sophia.update_rule", "from sophia import optimizer", ["sophia.optimizer"]),
+        ("sophia.update_rule", "from . import optimizer", ["sophia.optimizer"]),
+        ("sophia.update_rule", "import sophia.lab.config", ["sophia.lab"]),
+        ("sophia.update_rule", "def f():\n    from .lab.config import Config", ["sophia.lab"]),
+        ("sophia.guards", "from sophia import Sophia", ["sophia"]),
+        ("sophia.guards", "from sophia.noise import generator", ["sophia.noise"]),
+        ("sophia.curvature.exact", "from .estimate import Estimate\nfrom ..guards import check_number", []),
+        ("sophia.optimizer", "import torch\nfrom sophia.groups import check_group", []),
+    ],
+)
+def test_the_check_itself(module, source, found):
+    """A check that overlooks a form of import would hold nothing."""
+    assert arrows_upwards(module, source) == found
+
+
+def test_library_needs_torch_alone():
+    """An import that is no dependency: users without the lab's extra could not import sophia."""
+    for path in FILES:
+        name = module_name(path)
+        if unit(name) in HOSTS:
+            continue
+        roots = {found.split(".")[0] for found in imports(name, path.read_text()) if found}
+        foreign = roots - set(sys.stdlib_module_names) - {"torch", "sophia"}
+        assert not foreign, f"{name} imports {foreign}"
+
+
+def fresh(code):
+    """Run code in a new interpreter that prints JSON; return it."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=SOURCE,  # a file named like a module of the standard library would be found here first
+    )
+    return json.loads(result.stdout)
+
+
+def test_importing_sophia_loads_torch_and_nothing_else():
+    """A slow or fragile import: numpy's, the compiler's, a framework's start-up in every worker."""
+    after = "import json, sys; import torch; a = set(sys.modules); import sophia; print(json.dumps(sorted(set(sys.modules) - a)))"
+    new = fresh(after)
+    roots = {name.split(".")[0] for name in new}
+    assert "sophia" in roots
+    assert roots <= {"sophia", "torch"} | set(sys.stdlib_module_names)
+    heavy = ("torch._dynamo", "torch._inductor", "torch.testing", "torch.utils.tensorboard", "sophia.lab")
+    assert not [name for name in new if name.startswith(heavy)]
+
+
+def test_lab_loads_nothing_into_the_library():
+    """``from sophia import *`` in a script reaching for an extra that is not installed."""
+    code = (
+        "import json, sys; sys.modules.update(dict.fromkeys(['numpy', 'scipy', 'transformers', 'tyro', 'rich', "
+        "'matplotlib', 'tokenizers', 'jinja2'])); import warnings; warnings.simplefilter('ignore'); "
+        "from sophia import *; print(json.dumps(sorted(n for n in globals() if not n.startswith('_'))))"
+    )
+    assert set(fresh(code)) - {"json", "sys", "warnings"} == set(sophia.__all__) - {"__version__"}
