@@ -219,6 +219,35 @@ def test_frozen_parameters_have_no_state_and_do_not_disturb():
     assert set(opt.state) == set(expected)
 
 
+class LowRank(nn.Module):
+    """A frozen linear layer with a trainable low-rank addition, as in LoRA (arXiv 2106.09685)."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.frozen = frozen
+        self.a = nn.Parameter(torch.randn(2, frozen.in_features) * 0.1)
+        self.b = nn.Parameter(torch.randn(frozen.out_features, 2) * 0.1)
+
+    def forward(self, x):
+        return self.frozen(x) + x @ self.a.T @ self.b.T
+
+
+def test_low_rank_adapters_have_the_only_state():
+    """Fine-tuning with adapters: one state a trainable tensor, curvature right behind frozen layers."""
+    model, (x, y) = GPT(), data(padded=True)
+    model.requires_grad_(False)
+    for block in model.blocks:
+        block.qkv, block.out = LowRank(block.qkv), LowRank(block.out)
+    expected, count = oracle(model, x, y >= 0)
+    opt = sophia(model)
+    model(x, y)[1].backward()
+    opt.step()
+    assert opt.stats()["B"] == count
+    assert relative_error(estimate_in_state(opt), expected) < 1e-5
+    assert set(opt.state) == set(expected)
+    assert len(expected) == 8
+
+
 def test_tied_weights_are_one_parameter():
     """Tied embedding and head stepped twice would double the learning rate of the largest matrix."""
     model = GPT()
