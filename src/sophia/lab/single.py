@@ -1,0 +1,82 @@
+"""`sophia train`: one run of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sophia.lab import corpus, recipes, tokens, training, vocabulary
+from sophia.lab.config import Data, Setting
+from sophia.lab.errors import Stopped, UsageError
+from sophia.lab.record import Record
+from sophia.lab.signals import requests
+
+__all__ = ["train_one"]
+
+
+def train_one(
+    contender: str,
+    *,
+    preset: str,
+    seed: int,
+    steps: int | None,
+    data: str,
+    over: Mapping[str, Setting],
+    out: Path,
+    resume: bool,
+    device: str,
+    command: str,
+    console: Console,
+) -> None:
+    """Train, show how it goes, and print where the records are."""
+    size = recipes.preset(preset)
+    text = corpus.load(data)
+    config = recipes.run(
+        size,
+        contender=contender,
+        data=Data(text.name, text.sha256, vocabulary.SHA256),
+        seed=seed,
+        steps=size.budgets[-1] if steps is None else steps,
+        over=over,
+        device=device,
+    )
+    ids = tokens.encode(text)
+    ids.require(config.model.context, "The text")
+    record = Record(out, config)
+    if record.folder.exists() and record.result() is None and not resume:
+        raise UsageError(
+            f"{record.folder} holds this run, begun and not finished; it is neither repeated nor continued "
+            f"unasked. "
+            f"To go on: {command} --resume"
+        )
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar, requests() as stop:
+        task = bar.add_task(contender, total=config.steps)
+
+        def report(progress: training.Progress) -> None:
+            share = "" if progress.unclipped is None else f", {progress.unclipped:.1%} unclipped"
+            bar.update(
+                task, completed=progress.step, description=f"{contender}: loss {progress.loss:.3f}{share}"
+            )
+
+        try:
+            result = training.train(config, out, ids, stop=stop, report=report)
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
+    if result["status"] == "finished":
+        loss, bits = result["loss"], result["bits_per_byte"]
+        end = f"loss {loss:.4f} nats, {bits:.4f} bits per byte, {result['seconds']:.0f} s"
+    else:
+        end = f"diverged after {result['steps']} steps"
+    console.print(
+        f"{contender}, {config.steps} steps, seed {seed}: {end}. Records: {record.folder}", highlight=False
+    )

@@ -1,0 +1,221 @@
+"""One run, read from top to bottom. No optimizer's name appears here: a contender is a row in a table."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia.lab import checkpoint, contenders, environment, models, schedules
+from sophia.lab.config import Run
+from sophia.lab.errors import LabError, Stopped
+from sophia.lab.files import locked
+from sophia.lab.record import Record
+from sophia.lab.signals import Request
+from sophia.lab.tokens import Tokens, bits_per_byte
+
+__all__ = ["Progress", "train"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; sent at every row of its log."""
+
+    step: int
+    loss: float
+    """Mean training loss since the last report, nats per token."""
+    unclipped: float | None
+    """Share of coordinates that move by less than lr, for optimizers that say so."""
+
+
+def train(
+    config: Run,
+    runs: Path,
+    tokens: Tokens,
+    *,
+    save_every: int = 100,
+    stop: Request | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
+
+    Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``.
+    """
+    record = Record(runs, config)
+    with locked(record.folder, what="run"):
+        if (result := record.result()) is None:
+            record.open()
+            result = _train(config, record, tokens, save_every, stop or Request(), report)
+            record.finish(result)
+    return result
+
+
+def _train(
+    config: Run,
+    record: Record,
+    tokens: Tokens,
+    save_every: int,
+    stop: Request,
+    report: Callable[[Progress], None],
+) -> dict[str, Any]:
+    device = _device(config)
+    context, parts = config.model.context, config.micro_batches
+    tokens.require(context, "The text")
+    held_out, held_out_bytes = tokens.held_out(sequences=config.evaluation.sequences, context=context)
+
+    model = models.gpt2(config.model, seed=config.seed).to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    row = contenders.find(config.optimizer.contender)
+    settings = row.settings(config.optimizer.settings)
+    optimizer = row.build(model, settings, config.seed)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    cost = 1 + row.gradients(settings)  # gradient evaluations of a step
+
+    step, loss_sum, loss_count = 0, 0.0, 0
+    clock = _Clock()
+    state = checkpoint.load(record.folder)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_random_state(state["random"])
+        step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
+        clock = _Clock(state["seconds"], state["cpu_seconds"])
+    record.cut(state["log"] if state is not None else 0)
+    record.attempt(from_step=step)
+
+    def save() -> None:
+        checkpoint.save(
+            record.folder,
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random": checkpoint.random_state(),
+                "step": step,
+                "log": record.sync(),
+                "loss_sum": loss_sum,
+                "loss_count": loss_count,
+                "seconds": clock.seconds,
+                "cpu_seconds": clock.cpu_seconds,
+            },
+        )
+
+    def evaluate() -> float:
+        loss = _evaluate(model, held_out.to(device), rows=config.batch)
+        bits = bits_per_byte(loss, predictions=held_out[:, 1:].numel(), bytes_=held_out_bytes)
+        record.append({"kind": "eval", "step": step, "loss": loss, "bits_per_byte": bits})
+        return loss
+
+    def end(status: str, loss: float | None) -> dict[str, Any]:
+        shares = [r["unclipped"] for r in record.rows() if r.get("unclipped") is not None]
+        size, read = models.parameter_count(model), step * config.tokens_per_step
+        return {
+            "status": status,
+            "loss": loss,
+            "bits_per_byte": None
+            if loss is None
+            else bits_per_byte(loss, predictions=held_out[:, 1:].numel(), bytes_=held_out_bytes),
+            "steps": step,
+            "tokens": read,
+            "gradient_evaluations": step * cost,
+            "flops": 6 * size * read * cost,
+            "seconds": clock.seconds,
+            "cpu_seconds": clock.cpu_seconds,
+            "parameters": size,
+            "state_bytes": contenders.state_bytes(optimizer),
+            "unclipped": sum(shares) / len(shares) if shares else None,
+            "environment": environment.describe(threads=config.threads, device=config.device),
+        }
+
+    if step == 0:
+        evaluate()
+    loss_at_end = math.nan
+    while step < config.steps:
+        clock.start()
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
+        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context).to(device)
+        loss = 0.0
+        for part in batch.chunk(parts):
+            part_loss = model(input_ids=part, labels=part).loss / parts
+            part_loss.backward()
+            loss += float(part_loss.detach())
+        limit = config.clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            clock.stop()
+            return end("diverged", None)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.stop()
+
+        step, loss_sum, loss_count = step + 1, loss_sum + loss, loss_count + 1
+        if step % config.log_every == 0 or step == config.steps:
+            numbers = optimizer.stats() if hasattr(optimizer, "stats") else {}
+            mean, loss_sum, loss_count = loss_sum / loss_count, 0.0, 0
+            record.append(
+                {
+                    **numbers,
+                    "kind": "train",
+                    "step": step,
+                    "loss": mean,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "grad_norm": norm,
+                    "tokens": step * config.tokens_per_step,
+                    "gradient_evaluations": step * cost,
+                    "seconds": clock.seconds,
+                    "cpu_seconds": clock.cpu_seconds,
+                }
+            )
+            report(Progress(step, mean, numbers.get("unclipped")))
+        if step % config.evaluation.every == 0 or step == config.steps:
+            loss_at_end = evaluate()
+            if not math.isfinite(loss_at_end):
+                return end("diverged", None)
+        if stop and step < config.steps:
+            save()
+            raise Stopped(
+                f"Stopped at step {step} of {config.steps}; the state is saved.", signal=stop.signal or 0
+            )
+        if step % save_every == 0 and step < config.steps:
+            save()
+    return end("finished", loss_at_end)
+
+
+@torch.no_grad()
+def _evaluate(model: torch.nn.Module, held_out: torch.Tensor, *, rows: int) -> float:
+    """Mean loss over the held-out predictions; parts of unequal size weigh by their size."""
+    model.eval()
+    total = 0.0
+    for part in torch.split(held_out, rows):
+        total += float(model(input_ids=part, labels=part).loss) * len(part)
+    model.train()
+    return total / len(held_out)
+
+
+def _device(config: Run) -> torch.device:
+    torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise LabError(
+            "This run is for a GPU, but torch sees none here. Run it with device cpu, or where a GPU is."
+        )
+    return torch.device(config.device)
+
+
+class _Clock:
+    """Wall and processor seconds of the training steps alone, from clocks that are never set back."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
+        self.seconds, self.cpu_seconds = seconds, cpu_seconds
+        self._began = (0.0, 0.0)
+
+    def start(self) -> None:
+        self._began = (time.monotonic(), time.process_time())
+
+    def stop(self) -> None:
+        self.seconds += time.monotonic() - self._began[0]
+        self.cpu_seconds += time.process_time() - self._began[1]
