@@ -1,5 +1,5 @@
-"""The shape of the package: imports point down the list, the library needs torch alone, and importing it loads
-nothing else.
+"""The shape of the package: imports point down the list, the library needs torch alone, and loads nothing
+else.
 """
 
 import ast
@@ -18,8 +18,8 @@ SOURCE = Path(sophia.__file__).parent
 LAYERS = [
     {"sophia.update_rule", "sophia.guards", "sophia.noise", "sophia.likelihoods", "sophia.outputs"},
     {"sophia.curvature"},
-    {"sophia.kernels", "sophia.distributed"},
-    {"sophia.attach", "sophia.sandbox"},
+    {"sophia.kernels", "sophia.distributed", "sophia.sandbox"},
+    {"sophia.attach"},
     {"sophia.replay"},
     {"sophia.refresh"},
     {"sophia.diagnostics", "sophia.groups", "sophia.state"},
@@ -124,15 +124,16 @@ def fresh(code):
         capture_output=True,
         text=True,
         check=True,
-        cwd=SOURCE,  # a file named like a module of the standard library would be found here first
     )
     return json.loads(result.stdout)
 
 
 def test_importing_sophia_loads_torch_and_nothing_else():
     """A slow or fragile import: numpy's, the compiler's, a framework's start-up in every worker."""
-    after = "import json, sys; import torch; a = set(sys.modules); import sophia; print(json.dumps(sorted(set(sys.modules) - a)))"
-    new = fresh(after)
+    new = fresh(
+        "import json, sys, torch; before = set(sys.modules); import sophia; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     roots = {name.split(".")[0] for name in new}
     assert "sophia" in roots
     assert roots <= {"sophia", "torch"} | set(sys.stdlib_module_names)
@@ -143,8 +144,9 @@ def test_importing_sophia_loads_torch_and_nothing_else():
 def test_lab_loads_nothing_into_the_library():
     """``from sophia import *`` in a script reaching for an extra that is not installed."""
     code = (
-        "import json, sys; sys.modules.update(dict.fromkeys(['numpy', 'scipy', 'transformers', 'tyro', 'rich', "
-        "'matplotlib', 'tokenizers', 'jinja2'])); import warnings; warnings.simplefilter('ignore'); "
+        "import json, sys; sys.modules.update(dict.fromkeys(['numpy', 'scipy', 'transformers', 'tyro', "
+        "'rich', 'matplotlib', 'tokenizers', 'jinja2'])); "
+        "import warnings; warnings.simplefilter('ignore'); "
         "from sophia import *; print(json.dumps(sorted(n for n in globals() if not n.startswith('_'))))"
     )
     assert set(fresh(code)) - {"json", "sys", "warnings"} == set(sophia.__all__) - {"__version__"}
