@@ -140,8 +140,7 @@ def test_schedulers_do_not_disturb_the_refresh(make):
     assert run(model, opt, 5, make(opt)) == [0, 2, 4]
 
 
-# ---- guards
-# ------------------------------------------------------------------------------------------------------
+# ---- guards ----
 
 
 def test_parameters_without_a_model_are_refused():

@@ -164,8 +164,7 @@ class Sophia(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._count = 0.0
 
-    # ---- the model
-    # ---------------------------------------------------------------------------------------------
+    # ---- the model ----
 
     def attach(self, model: nn.Module) -> None:
         """Record the training forwards of ``model`` from now on, and of no other. Call it again after
@@ -196,8 +195,7 @@ class Sophia(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.active = any(is_due(g["step"], g["update_every"]) for g in self.param_groups)
 
-    # ---- the step
-    # ----------------------------------------------------------------------------------------------
+    # ---- the step ----
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; refresh h first if it is due.
@@ -272,8 +270,7 @@ class Sophia(torch.optim.Optimizer):
             self._recorder.forget_reached()
         super().zero_grad(set_to_none)
 
-    # ---- the curvature
-    # -----------------------------------------------------------------------------------------
+    # ---- the curvature ----
 
     def _refresh_if_due(self) -> None:
         due = [
@@ -401,8 +398,7 @@ class Sophia(torch.optim.Optimizer):
             "skipped": float(books["skipped"]),
         }
 
-    # ---- books
-    # -------------------------------------------------------------------------------------------------
+    # ---- books ----
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
