@@ -11,6 +11,7 @@ import pytest
 from synthetic import Planted, end_loss, planted_ends, write_comparison
 
 from sophia.lab.costs import cost_ratio, in_cost
+from sophia.lab.errors import LabError
 from sophia.lab.evidence import read_evidence
 from sophia.lab.noise import Noise, contrast, pooled_noise, resolvable, seeds_needed
 from sophia.lab.sentences import ratio_words
@@ -65,7 +66,7 @@ def test_half_the_steps_wasted_is_a_speedup_of_one_half(seeds, budgets) -> None:
     planted = Planted(efficiency=HALF, seeds=range(seeds), budgets=budgets)
     rng = np.random.default_rng(7)
     found = []
-    for _ in range(60):
+    for _ in range(40):
         ends = planted_ends(planted, rng)
         noise = pooled_noise(ends)
         curve = baseline_curve(ends, "adamw", noise)
@@ -77,7 +78,7 @@ def test_half_the_steps_wasted_is_a_speedup_of_one_half(seeds, budgets) -> None:
         assert ratio.verdict == "slower"
         found.append(ratio)
     assert np.median([r.value for r in found]) == pytest.approx(0.5, abs=0.01)
-    assert np.mean([r.low <= 0.5 <= r.high for r in found]) >= 0.8  # 90% less 2.6 standard deviations at 60
+    assert np.mean([r.low <= 0.5 <= r.high for r in found]) >= 0.8  # 90% less 2.1 standard deviations at 40
 
 
 def test_the_speedup_includes_one_exactly_when_the_loss_interval_includes_zero() -> None:
@@ -240,30 +241,29 @@ def test_what_did_not_end_well_is_said(tmp_path: Path, planted: Planted, word: s
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "words"),
     [
-        ({"version": 2}, ValueError, "version 2"),
-        ({"contenders": ["adamw", "<script>"]}, ValueError, "contender '<script>'"),
+        ({"version": 2}, "version 2"),
+        ({"contenders": ["adamw", "<script>"]}, "contender '<script>'"),
         (
             {"runs": [{"contender": "adamw", "seed": 0, "steps": 600, "run": "../../etc"}]},
-            ValueError,
             "run '../../etc'",
         ),
-        ({"baseline": "sgd"}, ValueError, "baseline 'sgd'"),
-        ({"seeds": list(range(9999))}, ValueError, "at most 10,000"),
+        ({"baseline": "sgd"}, "baseline 'sgd'"),
+        ({"seeds": list(range(9999))}, "at most 10,000"),
     ],
 )
-def test_records_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, change, error, words) -> None:
+def test_records_that_cannot_be_used_are_refused_with_a_reason(tmp_path: Path, change, words) -> None:
     """If this fails a foreign folder can name paths of its choice, or is misread in silence."""
     write_comparison(tmp_path, **change)
-    with pytest.raises(error) as caught:
+    with pytest.raises(LabError) as caught:
         read_evidence(tmp_path)
     assert words in str(caught.value)
 
 
 def test_a_folder_without_a_comparison_is_refused(tmp_path: Path) -> None:
     """If this fails a mistyped path gives an empty report."""
-    with pytest.raises(FileNotFoundError, match=r"no comparison\.json"):
+    with pytest.raises(LabError, match=r"no comparison\.json"):
         summarise(tmp_path)
 
 

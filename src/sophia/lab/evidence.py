@@ -8,14 +8,15 @@ report, never a crash and never a silent gap. Nothing here writes.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
+from sophia.lab.errors import LabError
+from sophia.lab.files import checked_name
+
 MOST_BYTES = 256 * 2**20
 """Larger record files are refused: a report of them would not open in a browser."""
 
@@ -77,16 +78,6 @@ def number(value: object) -> float | None:
         return None
 
 
-def checked_name(name: object, what: str) -> str:
-    """The name, if it is safe as a file name and a label."""
-    if isinstance(name, str) and NAME.fullmatch(name):
-        return name
-    raise ValueError(
-        f"the records hold the {what} {name!r:.140}. Names become paths and labels, so only letters, digits "
-        f"and ._+=- are read (at most 128, a letter or digit first). Rename it, or make the comparison again."
-    )
-
-
 def read_evidence(folder: Path) -> Evidence:
     """Read comparison.json and every run it names; raises where the comparison itself cannot be
     understood.
@@ -94,21 +85,21 @@ def read_evidence(folder: Path) -> Evidence:
     root = folder.resolve()
     path = root / "comparison.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise LabError(
             f"there is no comparison.json in {folder}. A report needs it to know which runs belong together. "
             f"Give the folder that `sophia compare` wrote, or run `sophia compare`."
         )
     raw, problem = _read_json(root, path)
     if problem is not None or raw.get("version") != 1:
         seen = problem or f"version {raw.get('version')!r:.40}"
-        raise ValueError(
+        raise LabError(
             f"comparison.json could not be used: {seen}. This release reads a JSON object of version 1. "
             f"Make the comparison again, or use the release that wrote it."
         )
-    contenders = tuple(checked_name(n, "contender") for n in _items(raw, "contenders"))
-    baseline = checked_name(raw.get("baseline", contenders[0] if contenders else None), "baseline")
+    contenders = tuple(checked_name(n, what="contender") for n in _items(raw, "contenders"))
+    baseline = checked_name(raw.get("baseline", contenders[0] if contenders else None), what="baseline")
     if baseline not in contenders:
-        raise ValueError(
+        raise LabError(
             f"comparison.json names the baseline {baseline!r}, which is not among its contenders "
             f"{list(contenders)}. Without it nothing can be compared. Add it to the comparison."
         )
@@ -122,7 +113,7 @@ def read_evidence(folder: Path) -> Evidence:
     seeds = tuple(sorted({int(s) for s in _items(raw, "seeds") if number(s) is not None}))
     budgets = tuple(sorted({int(b) for b in _items(raw, "budgets") if (number(b) or 0) > 0}))
     if len(contenders) * len(budgets) * len(seeds) > MOST_RUNS:
-        raise ValueError(
+        raise LabError(
             f"comparison.json plans {len(contenders) * len(budgets) * len(seeds):,} runs. "
             f"A report holds at most {MOST_RUNS:,}. Split the comparison."
         )
@@ -153,8 +144,8 @@ def _read_run(root: Path, item: Any, contenders: tuple[str, ...], problems: list
     if not isinstance(item, dict):
         problems.append("comparison.json lists a run that is not an object; it was left out")
         return None
-    name = checked_name(item.get("run"), "run")
-    contender = checked_name(item.get("contender"), "contender")
+    name = checked_name(item.get("run"), what="run")
+    contender = checked_name(item.get("contender"), what="contender")
     seed, steps = number(item.get("seed")), number(item.get("steps"))
     if contender not in contenders or seed is None or steps is None or steps <= 0:
         problems.append(

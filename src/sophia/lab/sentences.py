@@ -70,7 +70,9 @@ def bound_words(value: float, ratio: Ratio, *, unit: str = "") -> str:
         return f"more than {ratio.ceiling:.3g}{unit}"
     if value < ratio.floor:
         return f"less than {ratio.floor:.3g}{unit}"
-    if value != 1 and round(value, 2) == 1:  # rounding must not move a bound onto the line it does not cross
+    if (
+        not unit and value != 1 and round(value, 2) == 1
+    ):  # a rounded bound must not lie on the line it excludes
         return f"{value:.4f}{unit}"
     return f"{value:.2f}{unit}"
 
@@ -186,3 +188,19 @@ def route_sentence(estimate: Estimate) -> str:
         return f"paired differences of {estimate.seeds} seeds, {degrees}"
     why = f"noise pooled over all contenders and budgets because there are fewer than {OWN_SEEDS}"
     return f"{plural(estimate.seeds, 'paired seed')}, {why}, {degrees}"
+
+
+def heading(contender: str, baseline: str, word: str, *, complete: bool = True) -> str:
+    """The verdict as a heading; of an unfinished comparison it is one so far.
+
+    >>> heading("sophia-g", "adamw", "slower")
+    'sophia-g is slower than adamw'
+    """
+    so_far = "" if complete else " so far"
+    return {
+        "faster": f"{contender} is faster than {baseline}{so_far}",
+        "slower": f"{contender} is slower than {baseline}{so_far}",
+        "not distinguishable": f"{contender} is not distinguishable from {baseline}{so_far}",
+        "unstable": f"{contender} is unstable",
+        "baseline unstable": f"{contender}: no verdict, because {baseline} is unstable",
+    }.get(word, f"{contender}: no verdict yet")

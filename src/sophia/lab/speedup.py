@@ -182,7 +182,7 @@ def speedup(ends: Ends, contender: str, baseline: str, curve: Curve, noise: Nois
         return None
     floor = min(curve.budgets[0] / own, 1 / REACH)
     ceiling = max(curve.budgets[-1] / own, REACH)
-    ratios = np.unique(np.append(np.geomspace(floor / 1.3, ceiling * 1.3, 160), 1.0))
+    ratios = np.unique(np.append(np.geomspace(floor / 1.3, ceiling * 1.3, 80), 1.0))
 
     def solve(shape: Curve) -> tuple[float, float | None, float | None]:
         gaps = [_gap(ends, (contender, own), baseline, shape, float(r), noise) for r in ratios]

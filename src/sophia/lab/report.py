@@ -1,0 +1,201 @@
+"""The report of a comparison: one HTML file that needs nothing else, and the picture as PNG and SVG.
+
+Made from records only, finished or not. What the records say is untrusted text: the template escapes all of
+it, the data of the curves are JSON in which no `<` remains, and a content security policy allows the page's
+own two scripts and two style sheets by their hash and nothing else, so that the file fetches nothing and
+runs nothing foreign even if escaping failed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from sophia.lab import figures
+from sophia.lab.evidence import Evidence, Run, number
+from sophia.lab.files import write_atomically
+from sophia.lab.forest import TICKS, WIDTH, bar
+from sophia.lab.noise import LEVEL
+from sophia.lab.sentences import difference_words, heading, ratio_words, route_sentence
+from sophia.lab.series import page_data
+from sophia.lab.settings import flat, side_by_side
+from sophia.lab.statistics import Summary, summarise
+
+HERE = Path(__file__).parent
+MOST_CONFIGURATIONS = 200
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What `write_report` wrote."""
+
+    html: Path
+    curves: Path
+    """The picture as PNG."""
+    curves_svg: Path
+
+
+def write_report(folder: Path) -> ReportFiles:
+    """Write report.html, curves.png and curves.svg into the folder of a comparison, whatever part of it has
+    run.
+    """
+    summary = summarise(folder)
+    png, svg = figures.save(summary, folder)
+    html = folder / "report.html"
+    page = render(summary, svg.read_bytes())
+    write_atomically(html, lambda file: file.write(page.encode()))
+    return ReportFiles(html, png, svg)
+
+
+def render(summary: Summary, picture: bytes) -> str:
+    """The page as text; `picture` is the SVG shown in print and where scripts are off."""
+    vendor, templates = HERE / "vendor" / "uplot", HERE / "templates"
+    scripts = [_inline(vendor / "uPlot.iife.min.js"), _inline(templates / "report.js")]
+    styles = [_inline(vendor / "uPlot.min.css"), _inline(templates / "report.css")]
+    environment = Environment(
+        loader=FileSystemLoader(templates),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "short": short}
+    evidence = summary.evidence
+    colour = figures.colours(evidence)
+    page = environment.get_template("report.html.j2").render(
+        summary=summary,
+        evidence=evidence,
+        policy=_policy(scripts, styles),
+        scripts=scripts,
+        styles=styles,
+        data=_json(page_data(evidence, colour)),
+        picture=base64.b64encode(picture).decode(),
+        licence=(vendor / "LICENSE").read_text(encoding="utf-8"),
+        slot={
+            c: "base" if i == 0 else f"c{(i - 1) % len(figures.CONTENDERS) + 1}"
+            for i, c in enumerate(evidence.contenders)
+        },
+        bar=bar,
+        ticks=TICKS,
+        width=WIDTH,
+        ratio_words=ratio_words,
+        heading=heading,
+        difference_words=difference_words,
+        route=route_sentence,
+        level=f"{LEVEL:.0%}",
+        facts=_facts(evidence),
+        environments=_environments(evidence.runs),
+        settings=side_by_side(evidence),
+        configurations=_configurations(evidence),
+    )
+    return page.lstrip() + "\n"
+
+
+def count(value: float | None, digits: int = 0) -> str:
+    """A number with thousands separated, or an em dash for nothing.
+
+    >>> count(12345.6), count(None)
+    ('12,346', '—')
+    """
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def short(value: float | None) -> str:
+    """A large count with its power of a thousand.
+
+    >>> short(4.87e12), short(1_320_000), short(640), short(None)
+    ('4.87 T', '1.32 M', '640', '—')
+    """
+    if value is None:
+        return "—"
+    for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {sign}"
+    return f"{value:.3g}"
+
+
+def _inline(path: Path) -> Markup:
+    """A file of ours as text for a script or style element; it must not be able to end that element."""
+    text = path.read_text(encoding="utf-8")
+    if "</" in text:
+        raise ValueError(
+            f"{path.name} holds '</', which would end its element in the page; write it as '<\\/'"
+        )
+    return Markup(text)
+
+
+def _policy(scripts: Iterable[str], styles: Iterable[str]) -> str:
+    def hashes(texts: Iterable[str]) -> str:
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in texts
+        )
+
+    own = f"script-src {hashes(scripts)}; style-src {hashes(styles)}"
+    return f"default-src 'none'; {own}; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can neither end its script element nor open a comment in it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _facts(evidence: Evidence) -> dict[str, str]:
+    """What was run, from the plan and the records."""
+    finished = [r for r in evidence.runs if r.status == "finished"]
+    facts = {
+        "Preset": evidence.preset or "—",
+        "Budgets": ", ".join(f"{b:,}" for b in evidence.budgets) + " steps",
+        "Seeds": ", ".join(str(s) for s in evidence.seeds),
+        "Runs": f"{len(finished)} finished of {len(evidence.runs)}",
+    }
+    largest = max(finished, key=lambda r: r.steps, default=None)
+    if largest is not None:
+        tokens, steps = largest.number("tokens"), largest.number("steps")
+        facts["Model"] = f"{count(largest.number('parameters'))} parameters"
+        if tokens is not None and steps:
+            facts["Batch"] = f"{tokens / steps:,.0f} tokens a step"
+            facts["Tokens read at the largest budget"] = count(tokens) + _epochs(tokens, evidence)
+    facts |= {f"Data: {key.replace('_', ' ')}": value for key, value in flat(evidence.data).items() if key}
+    known = {"version", "preset", "contenders", "seeds", "budgets", "baseline", "data", "runs"}
+    rest = {k: v for k, v in evidence.comparison.items() if k not in known}
+    return facts | {key.replace("_", " ").capitalize(): value for key, value in flat(rest).items() if key}
+
+
+def _epochs(tokens: float, evidence: Evidence) -> str:
+    """How often the corpus was read, if the records tell its size."""
+    for key in ("train_tokens", "training_tokens", "tokens"):
+        size = number(evidence.data.get(key))
+        if size:
+            return f" ({tokens / size:.2f} epochs)"
+    return ""
+
+
+def _environments(runs: Iterable[Run]) -> dict[str, str]:
+    """Versions and machine; a value that differs between runs is listed with every one that occurs."""
+    seen: dict[str, dict[str, None]] = {}
+    for run in runs:
+        environment = run.result.get("environment")
+        for key, value in flat(environment).items() if isinstance(environment, dict) and environment else ():
+            seen.setdefault(key, {})[value] = None
+    return {key: "; ".join(values) for key, values in seen.items()}
+
+
+def _configurations(evidence: Evidence) -> list[tuple[str, str]]:
+    """Every run's label and whole configuration."""
+    found = []
+    for run in evidence.runs[:MOST_CONFIGURATIONS]:
+        if run.config:
+            label = f"{run.contender}, {run.steps:,} steps, seed {run.seed}: {run.name}"
+            found.append((label, json.dumps(run.config, indent=2, ensure_ascii=False)))
+    return found
