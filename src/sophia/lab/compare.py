@@ -43,13 +43,15 @@ def compare(
     """Plan, run what has not been run, and report; return the folder. Nothing is written before everything is
     checked.
     """
-    recipes.preset(preset)
+    size = recipes.preset(preset)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the runs. Use 1 or more.")
     text = corpus.load(data)
+    ids = tokens.encode(text)
+    ids.require(size.model.context, f"The text {data}")
     planned = plan.make_plan(
         text,
-        tokens.encode(text),
+        ids,
         preset=preset,
         contenders=contenders,
         seeds=seeds,

@@ -42,9 +42,8 @@ def gpt2(config: Model, *, seed: int) -> nn.Module:
         torch.manual_seed(seed_for("initialisation", seed))
         model = GPT2LMHeadModel(settings)
     assert isinstance(model, nn.Module)
-    setattr(
-        model, "loss_type", "ForCausalLM"
-    )  # said, because transformers logs a warning where it has to guess
+    # Said, because transformers logs a warning where it has to guess.
+    model.loss_type = "ForCausalLM"  # type: ignore[assignment]
     return model.train()
 
 

@@ -95,7 +95,6 @@ def make_plan(
             f"--seeds is {count}, and a comparison without a run compares nothing. Use 2 or more."
         )
     chosen = tuple(sorted(set(budgets))) or size.budgets
-    tokens.require(size.model.context, "The text")
     data = Data(corpus.name, corpus.sha256, vocabulary.SHA256)
     runs = tuple(
         recipes.run(

@@ -58,6 +58,10 @@ PRESETS: Mapping[str, Preset] = {
             model=Model(layers=3, width=96, heads=3, context=64),
             evaluations=8,
             sequences=512,
+            settings={
+                "adamw": {"lr": 5.07e-3, "beta1": 0.8, "beta2": 0.95},
+                "sophia-g": {"lr": 1.49e-3, "beta1": 0.8, "beta2": 0.8, "gamma": 0.0202},
+            },
         ),
         Preset(
             name="small",

@@ -18,7 +18,7 @@ def cosine(step: int, *, steps: int, warmup: int, floor: float) -> float:
     >>> [round(cosine(s, steps=6, warmup=2, floor=0.1), 3) for s in range(6)]
     [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
     """
-    warmup = min(warmup, steps - 1)
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -34,7 +34,7 @@ def warmup_stable_decay(step: int, *, steps: int, warmup: int, floor: float, dec
     >>> [round(warmup_stable_decay(s, steps=6, warmup=2, floor=0.0, decay=0.5), 3) for s in range(6)]
     [0.5, 1.0, 1.0, 0.667, 0.333, 0.0]
     """
-    warmup = min(warmup, steps - 1)
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return (step + 1) / warmup
     length = max(1, round(steps * decay))

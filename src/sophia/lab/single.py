@@ -44,7 +44,7 @@ def train_one(
         device=device,
     )
     ids = tokens.encode(text)
-    ids.require(config.model.context, "The text")
+    ids.require(config.model.context, f"The text {data}")
     record = Record(out, config)
     if record.folder.exists() and record.result() is None and not resume:
         raise UsageError(

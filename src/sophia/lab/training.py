@@ -50,7 +50,8 @@ def train(
     with locked(record.folder, what="run"):
         if (result := record.result()) is None:
             record.open()
-            result = _train(config, record, tokens, save_every, stop or Request(), report)
+            request = Request() if stop is None else stop  # a request that was not made yet is false
+            result = _train(config, record, tokens, save_every, request, report)
             record.finish(result)
     return result
 

@@ -154,7 +154,9 @@ def _idle(crew: list[_Worker], workers: int, runs: Path, save_every: int) -> _Wo
 
 def _fail(runs: Path, run: Run, reason: str, failures: list[str], events: Events) -> None:
     Record(runs, run).attempt(failed=reason)
-    failures.append(f"{run.optimizer.contender}, {run.steps} steps, seed {run.seed} ({run.hash}): {reason}")
+    what, *trace = reason.splitlines()  # the whole of it stands in the record
+    where = f" (all of it: {run.hash}/attempts.jsonl)" if trace else ""
+    failures.append(f"{run.optimizer.contender}, {run.steps} steps, seed {run.seed}: {what}{where}")
     events.failed(run, reason)
 
 

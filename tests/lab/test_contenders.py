@@ -1,0 +1,145 @@
+import io
+
+import pytest
+import torch
+
+from sophia.lab import contenders
+from sophia.lab.config import Model
+from sophia.lab.contenders import CONTENDERS, Choice, LogRange, find, state_bytes
+from sophia.lab.errors import LabError, UsageError
+from sophia.lab.models import gpt2, parameter_count
+from sophia.lab.rivals import Lion, Signum
+
+SMALL = Model(layers=1, width=16, heads=2, context=8)
+
+
+def steps(model, optimizer, count):
+    torch.manual_seed(0)
+    for _ in range(count):
+        x = torch.randint(4096, (2, 8))
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_each_row_trains_and_goes_on_from_its_state(name):
+    """Else a contender would fail in the middle of somebody's comparison, or not survive a restart."""
+    row = find(name)
+    settings = row.settings({})
+    straight = gpt2(SMALL, seed=1)
+    optimizer = row.build(straight, settings, 1)
+    steps(straight, optimizer, 2)
+    buffer = io.BytesIO()
+    torch.save({"o": optimizer.state_dict(), "m": straight.state_dict()}, buffer)
+    steps(straight, optimizer, 2)
+
+    again = gpt2(SMALL, seed=2)
+    fresh = row.build(again, settings, 1)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    again.load_state_dict(state["m"])
+    fresh.load_state_dict(state["o"])
+    steps(again, fresh, 2)
+    for one, two in zip(straight.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_each_row_owns_every_parameter_once_and_decays_matrices_alone(name):
+    """Else a contender would leave weights untrained, or decay gains that others leave alone."""
+    model = gpt2(SMALL, seed=1)
+    optimizer = find(name).build(model, find(name).settings({}), 1)
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(owned) == len({id(p) for p in owned}) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert (group["weight_decay"] > 0) == (p.ndim >= 2)
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_the_state_has_the_size_that_the_row_says(name):
+    """Else the cost table would be wrong."""
+    model = gpt2(SMALL, seed=1)
+    row = find(name)
+    optimizer = row.build(model, row.settings({}), 1)
+    steps(model, optimizer, 2)
+    most = 1.3 if name == "muon" else 1.01  # Muon's row speaks of the matrices that Muon itself does
+    if name == "muon":
+        hidden = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n)
+        assert state_bytes(optimizer.parts[0]) == hidden * row.state_per_parameter
+    else:
+        ratio = state_bytes(optimizer) / (parameter_count(model) * row.state_per_parameter)
+        assert 1 <= ratio < most
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_the_search_space_is_about_real_settings(name):
+    """Else a search would vary something that does not exist."""
+    row = find(name)
+    for setting, kind in row.space.items():
+        assert setting in row.defaults
+        if isinstance(kind, LogRange):
+            assert 0 < kind.low < kind.high
+        else:
+            assert isinstance(kind, Choice)
+            assert all(type(v) is type(row.defaults[setting]) for v in kind.values)
+    assert "lr" in row.space
+
+
+def test_costs_count_the_hessian_passes():
+    """Else speed-up per gradient evaluation would flatter Sophia."""
+    s = find("sophia-g").settings({"update_every": 10, "fraction": 0.5})
+    assert find("sophia-g").gradients(s) == pytest.approx(0.05)
+    assert find("sophia-h").gradients(s) == pytest.approx(0.1)
+    assert find("adamw").gradients(find("adamw").settings({})) == 0
+
+
+def test_unknown_names_and_settings_are_refused():
+    """Else a misspelt setting would silently be the default."""
+    with pytest.raises(UsageError, match="no contender 'adam'"):
+        find("adam")
+    with pytest.raises(UsageError, match="no setting 'gama'"):
+        find("sophia-g").settings({"gama": 0.1})
+    with pytest.raises(UsageError, match="lr is 'high'"):
+        find("adamw").settings({"lr": "high"})
+    assert find("adamw").settings({"lr": 1})["lr"] == 1.0
+
+
+def test_without_muon_the_message_names_the_version(monkeypatch):
+    """Else an old torch would end in an attribute error."""
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(LabError, match=r"torch 2\.9"):
+        find("muon").build(gpt2(SMALL, seed=1), find("muon").settings({}), 1)
+
+
+def test_lion_and_signum_take_the_steps_of_their_papers():
+    """Else the rivals would be straw men."""
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    lion = Lion([p], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    p.grad = torch.tensor([1.0, -1.0, 0.0])
+    lion.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.95 - 0.1, -1.9 + 0.1, 2.85]))
+    p.grad = torch.tensor([-0.05, 0.0, 1.0])  # 0.9 m + 0.1 g = .009 - .005 > 0: momentum wins
+    before = p.detach().clone()
+    lion.step()
+    torch.testing.assert_close(p.detach(), before * 0.95 - 0.1 * torch.tensor([1.0, -1.0, 1.0]))
+    q = torch.nn.Parameter(torch.tensor([1.0]))
+    signum = Signum([q], lr=0.1, beta=0.5, weight_decay=0.0)
+    for gradient, value in ((2.0, 0.9), (-1.0, 0.9), (-1.0, 1.0)):  # m = 1, 0, -0.5
+        q.grad = torch.tensor([gradient])
+        signum.step()
+        torch.testing.assert_close(q.detach(), torch.tensor([value]))
+
+
+def test_a_pair_obeys_one_learning_rate_schedule():
+    """Else half of Muon's parameters would be trained at a constant rate."""
+    model = gpt2(SMALL, seed=1)
+    pair = contenders.find("muon").build(model, find("muon").settings({}), 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for group in pair.param_groups:
+        group["lr"] = 0.0
+    steps(model, pair, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    loss = pair.step(lambda: torch.tensor(1.5))
+    assert float(loss) == 1.5
