@@ -164,12 +164,18 @@ def _facts(evidence: Evidence) -> dict[str, str]:
         tokens, steps = largest.number("tokens"), largest.number("steps")
         facts["Model"] = f"{count(largest.number('parameters'))} parameters"
         if tokens is not None and steps:
-            facts["Batch"] = f"{tokens / steps:,.0f} tokens a step"
+            facts["Tokens a step"] = count(tokens / steps)
             facts["Tokens read at the largest budget"] = count(tokens) + _epochs(tokens, evidence)
-    facts |= {f"Data: {key.replace('_', ' ')}": value for key, value in flat(evidence.data).items() if key}
     known = {"version", "preset", "contenders", "seeds", "budgets", "baseline", "data", "runs"}
+    known.add("settings")  # shown side by side
     rest = {k: v for k, v in evidence.comparison.items() if k not in known}
-    return facts | {key.replace("_", " ").capitalize(): value for key, value in flat(rest).items() if key}
+    for key, value in (flat({"data": evidence.data}) | flat(rest)).items():
+        words = key.replace("_", " ").replace(".", ": ")
+        grouped = (
+            f"{int(value):,}" if value.isdecimal() and value.isascii() and 4 < len(value) < 19 else value
+        )
+        facts.setdefault(words[:1].upper() + words[1:], grouped)
+    return facts
 
 
 def _epochs(tokens: float, evidence: Evidence) -> str:
@@ -177,7 +183,7 @@ def _epochs(tokens: float, evidence: Evidence) -> str:
     for key in ("train_tokens", "training_tokens", "tokens"):
         size = number(evidence.data.get(key))
         if size:
-            return f" ({tokens / size:.2f} epochs)"
+            return f" ({tokens / size:.2g} epochs)"
     return ""
 
 

@@ -103,7 +103,7 @@
       scales: {x: {time: false}, y: {range: u => heights(...u.series[0].idxs.map(i => u.data[0][i]))}},
       axes: [
         {stroke: soft, grid, ticks: grid, font, labelFont: font, label: data.axes[axis], space: 70, values: (u, ticks) => ticks.map(v => axis === "seconds" ? group(v) : large(v))},
-        {stroke: soft, grid, ticks: grid, font, size: 62, values: (u, ticks) => ticks.map(v => v !== 0 && Math.abs(v) < 0.001 ? v.toExponential(1) : String(+v.toPrecision(5)))},
+        {stroke: soft, grid, ticks: grid, font, size: 62, values: (u, ticks) => ticks.map(v => v !== 0 && Math.abs(v) < 0.0001 ? v.toExponential(1) : String(+v.toPrecision(5)))},
       ],
       series: [{}, ...curves.map(c => ({
         stroke: c.color, width: c.thin ? 1 : c.full ? 2.5 : 1.75, alpha: c.thin ? 0.45 : 1, spanGaps: true,
