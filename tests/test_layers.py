@@ -16,7 +16,14 @@ SOURCE = Path(sophia.__file__).parent
 
 # Low to high. A module may import from lower lines, and from its own package; never from its own line.
 LAYERS = [
-    {"sophia.update_rule", "sophia.guards", "sophia.noise", "sophia.likelihoods", "sophia.outputs"},
+    {
+        "sophia.update_rule",
+        "sophia.guards",
+        "sophia.noise",
+        "sophia.likelihoods",
+        "sophia.outputs",
+        "sophia.sharding",
+    },
     {"sophia.curvature"},
     {"sophia.kernels", "sophia.distributed", "sophia.sandbox"},
     {"sophia.attach"},

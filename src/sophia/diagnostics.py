@@ -2,49 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["advice", "curvature_quantiles", "step_shares"]
+__all__ = ["advice", "describe"]
 
 _SAMPLE = 2**18  # entries that the quantiles are taken over
+_PART = 2**13  # the same for each rank, where the ranks put theirs together
 
 
-def step_shares(
-    groups: Iterable[tuple[Sequence[Tensor], Sequence[Tensor], float, float]],
-) -> dict[str, float]:
-    """Shares of the coordinates by what decided their last step, over ``(ms, hs, gamma, eps)`` of each group.
+Groups = Sequence[tuple[Sequence[Tensor], Sequence[Tensor], float, float]]
+
+
+def describe(groups: Groups, *, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    """Shares and quantiles over ``(ms, hs, gamma, eps)`` of each group, plain tensors.
 
     ``unclipped``: |m| < gamma h, the curvature decided (the "win rate" of the official repository, meant to
     lie in 0.1-0.5). ``eps_limited``: gamma h <= eps, curvature had no say. ``h_zero``: h is exactly zero, no
-    curvature was ever seen.
+    curvature was ever seen. ``h_q05``, ``h_q50``, ``h_q95``: quantiles of h over an evenly spaced sample.
+
+    Args:
+        groups: what this process holds.
+        gather: stacks the vectors of all ranks, where the others hold other parts.
     """
-    counts: list[Tensor] = []
-    total = 0
+    counts = _counts(groups)
+    sample = _evenly_spaced([h for _, hs, _, _ in groups for h in hs], _SAMPLE if gather is None else _PART)
+    if gather is not None:
+        counts = gather(counts).sum(0)
+        sample = gather(
+            torch.nn.functional.pad(sample, (0, 2 * _PART - len(sample)), value=math.nan)
+        ).flatten()
+        sample = sample[~sample.isnan()]
+    *shares, total = counts.tolist()
+    if not total:
+        return {"unclipped": 0.0, "eps_limited": 0.0, "h_zero": 1.0, "h_q05": 0.0, "h_q50": 0.0, "h_q95": 0.0}
+    at = torch.tensor([0.05, 0.5, 0.95], dtype=sample.dtype)
+    return {
+        **dict(zip(("unclipped", "eps_limited", "h_zero"), (share / total for share in shares), strict=True)),
+        **dict(zip(("h_q05", "h_q50", "h_q95"), torch.quantile(sample, at).tolist(), strict=True)),
+    }
+
+
+def _counts(groups: Groups) -> Tensor:
+    """How many coordinates: unclipped, limited by eps, with h = 0, at all."""
+    counts = torch.zeros(4, dtype=torch.float64)
+    pieces: list[Tensor] = []
     for ms, hs, gamma, eps in groups:
         for m, h in zip(ms, hs, strict=True):
             scaled = h * gamma
-            counts.append(
+            pieces.append(
                 torch.stack([(m.abs() < scaled).sum(), (scaled <= eps).sum(), (h == 0).sum()]).cpu()
             )
-            total += m.numel()
-    if not total:
-        return {"unclipped": 0.0, "eps_limited": 0.0, "h_zero": 1.0}
-    sums = torch.stack(counts).sum(0).tolist()
-    return dict(zip(("unclipped", "eps_limited", "h_zero"), (count / total for count in sums), strict=True))
+            counts[3] += m.numel()
+    if pieces:
+        counts[:3] = torch.stack(pieces).sum(0)
+    return counts
 
 
-def curvature_quantiles(hs: Sequence[Tensor]) -> dict[str, float]:
-    """5%, 50% and 95% quantile of h over an evenly spaced sample of the coordinates."""
+def _evenly_spaced(hs: Sequence[Tensor], size: int) -> Tensor:
+    """About ``size`` entries, fewer than twice as many, of all tensors together."""
     total = sum(h.numel() for h in hs)
-    if not total:
-        return {"h_q05": 0.0, "h_q50": 0.0, "h_q95": 0.0}
-    stride = max(1, total // _SAMPLE)
-    sample = torch.cat([h.detach().reshape(-1)[::stride].float().cpu() for h in hs])
-    values = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95], dtype=torch.float32)).tolist()
-    return dict(zip(("h_q05", "h_q50", "h_q95"), values, strict=True))
+    stride = max(1, total // size)
+    return torch.cat(
+        [torch.zeros(0, dtype=torch.float32), *(h.detach().reshape(-1)[::stride].float().cpu() for h in hs)]
+    )[: 2 * size]
 
 
 def advice(stats: Mapping[str, float]) -> str:

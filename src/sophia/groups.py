@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sophia.guards import check_number
+from sophia.sharding import full_ndims
 
 __all__ = ["check_group", "decayed_and_not"]
 
@@ -22,9 +23,14 @@ def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any
             f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
             "nothing to train"
         )
+    whole = full_ndims(model)
+    matrices = [whole.get(id(p), p.ndim) >= 2 for _, p in named]
     groups = [
-        {"params": [pair for pair in named if pair[1].ndim >= 2], "weight_decay": weight_decay},
-        {"params": [pair for pair in named if pair[1].ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [pair for pair, m in zip(named, matrices, strict=True) if m],
+            "weight_decay": weight_decay,
+        },
+        {"params": [pair for pair, m in zip(named, matrices, strict=True) if not m], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from sophia.attach import Recorder
 from sophia.curvature import Estimator, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
-from sophia.diagnostics import curvature_quantiles, step_shares
+from sophia.diagnostics import describe
 from sophia.groups import check_group, decayed_and_not
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import foreach as foreach_kernel
 from sophia.kernels import single_tensor
 from sophia.likelihoods import Likelihood, likelihood_named
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
+from sophia.sharding import is_dtensor, local
 from sophia.state import check_origin, new_state, restore_state
 
 __all__ = ["Sophia"]
@@ -154,13 +155,14 @@ class Sophia(torch.optim.Optimizer):
         }
         check_group(defaults)
         super().__init__(params, defaults)
-        if model is not None and mode == "replay":
+        if model is not None:
             self.attach(model)
 
     def _ready(self) -> None:
         """Set what is neither a setting nor state: it is made anew in a copy."""
         self._refresher = Refresher(self.estimator, fraction=self.fraction, group=self.process_group)
         self._recorder: Recorder | None = None
+        self._model: nn.Module | None = None
         self._warned: set[str] = set()
         self._count = 0.0
 
@@ -168,14 +170,26 @@ class Sophia(torch.optim.Optimizer):
 
     def attach(self, model: nn.Module) -> None:
         """Record the training forwards of ``model`` from now on, and of no other. Call it again after
-        wrapping or loading.
+        wrapping or loading. With ``mode='manual'`` nothing is recorded; its wrappers are known then.
 
         Raises:
             RuntimeError: some of the optimizer's parameters are not the model's.
         """
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        check_ownership(self._parameters(), inner)
+        inner, group = model, self.process_group
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner, group = model.module, model.process_group if group is None else group
+            if getattr(model, "mixed_precision", None) is not None:
+                raise RuntimeError(
+                    "DistributedDataParallel(mixed_precision=...) frees its half-precision parameters "
+                    "after the backward, so a forward cannot be run again. Use torch.autocast, or "
+                    "fully_shard with a MixedPrecisionPolicy"
+                )
+        if self.mode == "replay":
+            check_ownership(self._parameters(), inner)
         self.detach()
+        self._model, self._refresher.group = inner, group
+        if self.mode == "manual":
+            return
         self._recorder = Recorder(
             inner,
             self.likelihood,
@@ -189,7 +203,7 @@ class Sophia(torch.optim.Optimizer):
         """Take the hooks off the model."""
         if self._recorder is not None:
             self._recorder.detach()
-            self._recorder = None
+        self._recorder = self._model = None
 
     def _listen(self) -> None:
         if self._recorder is not None:
@@ -217,6 +231,11 @@ class Sophia(torch.optim.Optimizer):
         for parameter in self._parameters():
             if parameter.grad is not None:
                 check_gradient(parameter.grad, parameter)
+        if self._is_asked_for_empty_state():
+            for parameter in self._parameters():
+                if parameter.grad is not None:
+                    self._state_of(parameter)
+            return loss
         with torch.no_grad():
             if self.mode == "replay":
                 self._refresh_if_due()
@@ -228,6 +247,17 @@ class Sophia(torch.optim.Optimizer):
             group["step"] += 1
         self._listen()
         return loss
+
+    def _is_asked_for_empty_state(self) -> bool:
+        """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step
+        with lr = 0 and zero gradients before any training. Read from this rank's shards alone: no collective.
+        """
+        if self.state or any(_number(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        if self._recorder is not None and any(recording.reached for recording in self._recorder.recordings):
+            return False
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        return bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
 
     def _update(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -252,15 +282,27 @@ class Sophia(torch.optim.Optimizer):
             if parameter.grad is None:
                 continue
             state = self._state_of(parameter)
-            row = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
+            row: tuple[Tensor, ...] = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
+            if is_dtensor(parameter) and not group["differentiable"]:
+                row = self._shards(*row)
             fast = (
                 group["foreach"] is not False and not group["differentiable"] and foreach_kernel.applies(*row)
             )
-            key = (parameter.device, parameter.dtype) if fast else None
+            key = (row[0].device, row[0].dtype) if fast else None
             for column, tensor in zip(lists.setdefault(key, ([], [], [], [])), row, strict=True):
                 column.append(tensor)
         for key, columns in lists.items():
             (single_tensor if key is None else foreach_kernel).step(*columns, **settings)
+
+    @staticmethod
+    def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """The local parts, in one layout: the rule is element-wise, and on DTensors each operation would cost
+        more than the arithmetic.
+        """
+        whole: Any = parameter
+        if is_dtensor(gradient) and gradient.placements != whole.placements:  # type: ignore[attr-defined]
+            gradient = gradient.redistribute(whole.device_mesh, whole.placements)  # type: ignore[attr-defined]
+        return tuple(map(local, (parameter, gradient, *state)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also forgets recorded forwards whose gradients go with it (a step that a scaler
@@ -307,9 +349,8 @@ class Sophia(torch.optim.Optimizer):
         block ends, and not at all if it raises.
         """
         books = self.param_groups[0]
-        model = None if self._recorder is None else self._recorder.model
         with self._refresher.by_hand(
-            model, self._parameters(), seed=books["seed"], step=books["step"]
+            self._model, self._parameters(), seed=books["seed"], step=books["step"]
         ) as handle:
             yield handle
             estimate = handle.finish()
@@ -322,7 +363,8 @@ class Sophia(torch.optim.Optimizer):
         """
         parameters = self._parameters()
         self._count = estimate.count
-        objection = self._refresher.objection(estimate, parameters[0].device)
+        ranks = self._refresher.ranks(self._model, parameters)
+        objection = self._refresher.objection(estimate, parameters[0].device, ranks)
         if objection is not None:
             for group in groups:
                 group["skipped"] += 1
@@ -345,14 +387,14 @@ class Sophia(torch.optim.Optimizer):
         for group in groups:
             beta2 = float(group["betas"][1])
             for parameter in group["params"]:
-                hessian = self._state_of(parameter)["hessian"]
+                hessian = local(self._state_of(parameter)["hessian"])
                 diagonal = diagonals[id(parameter)]
                 if diagonal is None:
                     hessian.mul_(beta2)  # the estimate of a parameter that the pass does not reach is zero
                     continue
                 if self.estimator.signed and group["maximize"]:
                     diagonal = diagonal.neg()
-                hessian.lerp_(diagonal.to(hessian.device, hessian.dtype), 1 - beta2)
+                hessian.lerp_(local(diagonal).to(hessian.device, hessian.dtype), 1 - beta2)
             group["refreshed"] = group["step"]
             group["refreshes"] += 1
         self._warned.discard("stale")
@@ -370,28 +412,38 @@ class Sophia(torch.optim.Optimizer):
             self._warned.add(key)
             warnings.warn(message, SophiaWarning)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, *, all_ranks: bool = False) -> dict[str, float]:
         """Numbers for a log, names stable; costs a few passes over the state, so call it when you log.
+
+        Shares and quantiles are those of the coordinates that this rank holds: of all of them without
+        sharding. ``all_ranks=True`` takes them over the whole of a sharded model, on every rank; then every
+        rank must call, as the ranks wait for each other. That is why it is not the default: logging is often
+        done on one rank.
 
         ``unclipped`` (|m| < gamma h), ``eps_limited`` (gamma h <= eps) and ``h_zero`` are shares of the
         coordinates; ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
         pass; ``age`` the steps taken since h was renewed (all steps, if it never was); ``refreshes`` and
         ``skipped`` count passes. ``sophia.diagnostics.advice`` turns them into a sentence.
         """
+        parameters = self._parameters()
+        ranks = self._refresher.ranks(self._model, parameters) if all_ranks else None
+        mine = {id(p) for p in parameters if ranks is None or ranks.answers_for(p)}
+        held = [
+            (g, [self.state[p] for p in g["params"] if id(p) in mine and self.state.get(p)])
+            for g in self.param_groups
+        ]
         groups = [
             (
-                [s["exp_avg"] for s in states],
-                [s["hessian"] for s in states],
+                [local(s["exp_avg"]) for s in states],
+                [local(s["hessian"]) for s in states],
                 float(g["gamma"]),
                 float(g["eps"]),
             )
-            for g in self.param_groups
-            if (states := [self.state[p] for p in g["params"] if "hessian" in self.state.get(p, {})])
+            for g, states in held
         ]
         books = self.param_groups[0]
         return {
-            **step_shares(groups),
-            **curvature_quantiles([h for _, hs, _, _ in groups for h in hs]),
+            **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
             "B": self._count,
             "age": float(books["step"] - max(books["refreshed"], 0)),
             "refreshes": float(books["refreshes"]),
@@ -479,13 +531,16 @@ class Sophia(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in settings}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        recorder = self.__dict__.get(
-            "_recorder"
-        )  # load_state_dict comes through here too: it keeps the model
+        # load_state_dict comes through here too: it keeps the model
+        recorder, model = self.__dict__.get("_recorder"), self.__dict__.get("_model")
         super().__setstate__(state)
         if "mode" in state:
             self._ready()
-            self._recorder = recorder
+            self._recorder, self._model = recorder, model
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from sophia.attach import Recorder
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
-from sophia.distributed import any_rank, rank, sum_count, sum_tensors
+from sophia.distributed import Ranks, ranks_of
 from sophia.guards import SophiaWarning
 from sophia.noise import generator, seed_for
 from sophia.replay import Replay, RowsCannotBeTaken, choose
 from sophia.sandbox import sandbox
+from sophia.sharding import is_dtensor, local, reducing
 
 __all__ = ["Refresher", "is_due", "staleness"]
 
@@ -77,38 +78,48 @@ class Refresher:
             RuntimeError: no forward was recorded, inputs were overwritten, or the parameters are no longer
             the model's.
         """
-        if not recorder.recordings:
-            raise RuntimeError(
-                f"a Hessian refresh is due at step {step}, but the attached module "
-                f"{type(recorder.model).__name__} ran no forward in training mode "
-                "since the last step. Pass the module that is really called and returns logits (not a "
-                "LightningModule or wrapper), call "
-                "model.train(), or use mode='manual'"
-            )
-        check_ownership(parameters, recorder.model)
-        key = (seed, step, rank(self.group))
-        with sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")):
-            batches = choose(recorder, fraction=self.fraction, key=key, rows_work=self._rows_work)
-            try:
-                return self._estimate(batches, parameters, seed=seed, step=step)
-            except RowsCannotBeTaken as reason:
-                self._rows_work = False
-                warnings.warn(
-                    f"{type(recorder.model).__name__} does not run on a part of the rows of its inputs "
-                    f"({reason}): every refresh takes the whole "
-                    "batch from now on. Pass fraction=1.0 to mean it",
-                    SophiaWarning,
-                )
-            for parameter in parameters:
-                parameter.grad = None
-            batches = choose(recorder, fraction=self.fraction, key=key, rows_work=False)
-            return self._estimate(batches, parameters, seed=seed, step=step)
+        self.check_estimator(parameters)
+        ranks = self.ranks(recorder.model, parameters)
+        key = (seed, step, ranks.number)
 
-    def _estimate(self, batches: list[Replay], parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
-        count = sum_count(sum(batch.count for batch in batches), parameters[0].device, self.group)
-        if count == 0:
-            return Estimate([None] * len(parameters), 0.0)
-        return self.estimator.estimate(self._context(parameters, batches, count, (seed, step)))
+        def chosen() -> list[Replay]:
+            check_recorded(recorder, step)
+            check_ownership(parameters, recorder.model)
+            return choose(recorder, fraction=self.fraction, key=key, rows_work=self._rows_work)
+
+        with (
+            sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")),
+            reducing(recorder.model),
+        ):
+            while True:
+                batches = ranks.together(chosen)
+                ranks.check_same(parameters)
+                count = ranks.total(sum(batch.count for batch in batches))
+                if count == 0:
+                    return Estimate([None] * len(parameters), 0.0)
+                meeting = _Meeting(ranks)
+                try:
+                    with meeting:
+                        return self.estimator.estimate(
+                            self._context(parameters, batches, count, (seed, step), meeting)
+                        )
+                except RowsCannotBeTaken as reason:  # on all ranks, or on none
+                    self._take_whole_batches(recorder.model, ranks, reason)
+                for parameter in parameters:
+                    parameter.grad = None
+
+    def _take_whole_batches(self, model: nn.Module, ranks: Ranks, reason: RowsCannotBeTaken) -> None:
+        said = f"{type(model).__name__} does not run on a part of the rows of its inputs ({reason})"
+        if ranks.lockstep:
+            raise RuntimeError(
+                f"{said}, and a sharded forward that was left half-way cannot be begun again. Pass "
+                "fraction=1.0: then a refresh takes the whole batch"
+            ) from reason
+        self._rows_work = False
+        warnings.warn(
+            f"{said}: every refresh takes the whole batch from now on. Pass fraction=1.0 to mean it",
+            SophiaWarning,
+        )
 
     @contextmanager
     def by_hand(
@@ -117,28 +128,62 @@ class Refresher:
         """Hand out the estimator's handle inside the sandbox; call its ``finish`` before leaving the
         block.
         """
-        with sandbox(model, parameters, seed=seed_for(seed, step, rank(self.group), "dropout")):
-            yield self.estimator.by_hand(self._context(parameters, [], 0.0, (seed, step)))
+        self.check_estimator(parameters)
+        ranks = self.ranks(model, parameters)
+        ranks.check_same(parameters)
+        meeting = _Meeting(ranks)
+        dropout = seed_for(seed, step, ranks.number, "dropout")
+        # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
+        with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), meeting:
+            yield self.estimator.by_hand(self._context(parameters, [], 0.0, (seed, step), meeting))
+
+    def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
+        """The ranks that train these parameters."""
+        return ranks_of(model, parameters, self.group)
+
+    def check_estimator(self, parameters: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if the estimator differentiates twice and the parameters' wrapper cannot."""
+        sharded = sum(is_dtensor(p) or getattr(p, "_fsdp_flattened", False) for p in parameters)
+        if sharded and self.estimator.differentiates_twice:
+            raise RuntimeError(
+                f"{type(self.estimator).__name__} differentiates twice, but {sharded} of {len(parameters)} "
+                "parameters are sharded, and gathering and reducing them has no second derivative. Use "
+                "estimator='gnb', or DDP"
+            )
 
     def _context(
-        self, parameters: list[Tensor], batches: Sequence[Replay], count: float, key: tuple[int, ...]
+        self,
+        parameters: list[Tensor],
+        batches: Sequence[Replay],
+        count: float,
+        key: tuple[int, ...],
+        meeting: _Meeting,
     ) -> PassContext:
-        device = parameters[0].device
+        device, ranks = parameters[0].device, meeting.ranks
 
         def summed(tensors: Diagonals) -> Diagonals:
-            return sum_tensors(tensors, parameters, self.group)
+            meeting.hold()
+            return ranks.sum_gradients(tensors, parameters)
+
+        def counted(count: int) -> float:
+            meeting.hold()
+            return ranks.total(count)
 
         def shared(purpose: str) -> torch.Generator:
             return generator(device, *key, purpose)
 
-        return PassContext(parameters, batches, count, shared, rank(self.group), summed)
+        return PassContext(parameters, batches, count, shared, ranks.number, summed, counted)
 
-    def objection(self, estimate: Estimate, device: torch.device) -> str | None:
-        """Why an estimate must not enter h, or None. One synchronisation with the device a refresh."""
+    def objection(self, estimate: Estimate, device: torch.device, ranks: Ranks) -> str | None:
+        """Why an estimate must not enter h, or None; the same on all ranks. One synchronisation with the
+        device a refresh.
+        """
         if estimate.count == 0:
             return "no prediction was counted (every label masked?)"
         largest = [
-            torch.linalg.vector_norm(d, torch.inf) for d in estimate.diagonal if d is not None and d.numel()
+            torch.linalg.vector_norm(local(d), torch.inf)
+            for d in estimate.diagonal
+            if d is not None and local(d).numel()
         ]
         top = (
             torch.stack([norm.to(device, torch.float32) for norm in largest]).amax()
@@ -146,11 +191,52 @@ class Refresher:
             else torch.zeros(())
         )
         finite, zero = (bool(flag) for flag in torch.stack([top.isfinite(), top == 0]).tolist())
-        if any_rank(not finite, device, self.group):
+        infinite, anything = ranks.any_of(not finite, not zero)
+        if infinite:
             return "it is not finite (an overflow, or NaN in the weights)"
-        if any_rank(zero, device, self.group):
+        if not anything:
             return "it is zero everywhere (logits detached from the parameters?)"
         return None
+
+
+class _Meeting:
+    """The one moment of a pass at which the ranks tell each other whether it worked: before the first sum, or
+    when something failed, or at the end if there was neither.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self._held = ranks, False
+
+    def hold(self, error: Exception | None = None) -> None:
+        """Meet, once. With an error, nothing comes after it: it is raised, on all ranks where that is
+        possible.
+        """
+        if error is not None and (self._held or self.ranks.lockstep):
+            raise error  # the others are not here: they wait inside a forward, and end when this process does
+        if not self._held:
+            self._held = True
+            self.ranks.agree(error, mild=RowsCannotBeTaken)
+
+    def __enter__(self) -> _Meeting:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.hold()
+        elif isinstance(error, Exception) and not self._held:
+            self.hold(error)
+
+
+def check_recorded(recorder: Recorder, step: int) -> None:
+    """Raise RuntimeError if no training forward was recorded since the last step."""
+    if not recorder.recordings:
+        raise RuntimeError(
+            f"a Hessian refresh is due at step {step}, but the attached module "
+            f"{type(recorder.model).__name__} ran no forward in training mode "
+            "since the last step. Pass the module that is really called and returns logits (not a "
+            "LightningModule or wrapper), call "
+            "model.train(), or use mode='manual'"
+        )
 
 
 def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:

@@ -27,8 +27,14 @@ def in_sandbox() -> bool:
 
 
 @contextmanager
-def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int) -> Iterator[None]:
-    """Protect the training state; inside, torch's generators are seeded with ``seed``."""
+def sandbox(
+    model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int, copies: bool = False
+) -> Iterator[None]:
+    """Protect the training state; inside, torch's generators are seeded with ``seed``.
+
+    ``copies``: somebody may write into the memory of the training gradients during the pass (the buckets of
+    ``DistributedDataParallel``), so that setting them aside is not enough.
+    """
     for parameter in parameters:
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
@@ -38,6 +44,7 @@ def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int)
                 "Remove the hook"
             )
     saved = [parameter.grad for parameter in parameters]
+    contents = [gradient.clone() if copies and gradient is not None else None for gradient in saved]
     buffers = [] if model is None else _buffers(model)
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     global _depth
@@ -53,8 +60,11 @@ def sandbox(model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int)
             yield
     finally:
         _depth -= 1
-        for parameter, gradient in zip(parameters, saved, strict=True):
+        for parameter, gradient, content in zip(parameters, saved, contents, strict=True):
             parameter.grad = gradient
+            if gradient is not None and content is not None:
+                with torch.no_grad():
+                    gradient.copy_(content)
         for module, name, tensor, copy in buffers:
             _restore(module, name, tensor, copy)
 

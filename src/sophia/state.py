@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia.sharding import laid_out_like, local
+
 __all__ = ["check_origin", "new_state", "restore_state"]
 
 _NAMES = ("exp_avg", "hessian")
@@ -17,7 +19,9 @@ _FOREIGN = (
 
 
 def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """M and h of a parameter, zero, in its memory layout; float64 parameters have float64 state."""
+    """M and h of a parameter, zero, in its memory layout (a DTensor's shards too); float64 parameters have
+    float64 state.
+    """
     wide = torch.promote_types(dtype, parameter.dtype)
     return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}
 
@@ -62,7 +66,7 @@ def restore_state(
         _check(entries, number, parameter)
         restored = new_state(parameter, dtype)
         for name in _NAMES:
-            restored[name].copy_(entries[name])
+            local(restored[name]).copy_(laid_out_like(entries[name], parameter))
         state[parameter] = restored
 
 

@@ -61,6 +61,6 @@ class _TrainingLabelPass(PassByHand):
         (loss * count).backward()  # type: ignore[no-untyped-call]
 
     def finish(self, count: float | None = None) -> Estimate:
-        total = float(self._count) if count is None else count
+        total = self._context.count_over_ranks(self._count) if count is None else count
         gradients = self._context.sum_over_ranks(take_gradients(self._context.parameters))
         return Estimate([g if g is None else g.square_().div_(total) for g in gradients], total)

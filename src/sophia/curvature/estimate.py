@@ -79,7 +79,11 @@ class PassContext:
     rank: int = 0
     """Number of this process, for noise that must differ between the ranks."""
     sum_over_ranks: Callable[[Diagonals], Diagonals] = lambda tensors: tensors
-    """Adds up per-rank tensors; call it on gradients, before anything is squared."""
+    """Turns what the backward left in each parameter's ``.grad`` into the sum over all ranks, of the shape of
+    the part that this rank holds. Call it once, on gradients, before anything is squared, and on every rank.
+    """
+    count_over_ranks: Callable[[int], float] = float
+    """Adds up a count over the ranks; call it on every rank."""
 
 
 class PassByHand(abc.ABC):
@@ -116,6 +120,8 @@ class Estimator(abc.ABC):
 
     signed: bool = False
     """True if the diagonal changes its sign with the loss (a Hessian does, a square does not)."""
+    differentiates_twice: bool = False
+    """True if it needs the graph of a backward, which sharded parameters do not have."""
 
     @abc.abstractmethod
     def estimate(self, context: PassContext) -> Estimate:

@@ -93,12 +93,11 @@ class _SampledPass(PassByHand):
         return _SampledLoss.apply(logits, mask, generator, self._likelihood)  # type: ignore[no-any-return, no-untyped-call]
 
     def finish(self) -> Estimate:
+        count = self._context.count_over_ranks(self._count)
         gradients = self._context.sum_over_ranks(take_gradients(self._context.parameters))
-        if self._count == 0:
+        if count == 0:
             return Estimate([None] * len(gradients), 0.0)
-        return Estimate(
-            _squares([g if g is None else g * self._count**-0.5 for g in gradients]), float(self._count)
-        )
+        return Estimate(_squares([g if g is None else g * count**-0.5 for g in gradients]), count)
 
 
 class _SampledLoss(torch.autograd.Function):

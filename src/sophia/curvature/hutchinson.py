@@ -36,6 +36,7 @@ class Hutchinson(Estimator):
     """
 
     signed = True
+    differentiates_twice = True
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class _ProbePass(PassByHand):
                 self._product[i] = product * count if before is None else before.add_(product, alpha=count)
 
     def finish(self, count: float | None = None) -> Estimate:
-        total = float(self._count) if count is None else count
+        total = self._context.count_over_ranks(self._count) if count is None else count
         summed = self._context.sum_over_ranks(self._product)
         diagonal: Diagonals = [
             None if hu is None else (hu.to(torch.promote_types(hu.dtype, torch.float32)) * (u / total))
