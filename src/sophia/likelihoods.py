@@ -5,7 +5,7 @@ A likelihood answers three questions: how many predictions are in an output tens
 the negative log-likelihood for labels *sampled from the model*, and (for tests and tiny models) what is the
 exact curvature of the negative log-likelihood in the outputs. Its loss is the one the user trains with, up to
 the labels: cross-entropy for ``Categorical``, ``BCEWithLogitsLoss`` for ``Bernoulli``, ``MSELoss`` for
-``Gaussian``.
+``Gaussian``, ``PoissonNLLLoss`` for ``Poisson``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 # Logits entries per chunk: 16 MB of float32.
 CHUNK = 2**22
 
-__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "likelihood_named"]
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood", "Poisson", "likelihood_named"]
 
 
 class Likelihood(abc.ABC):
@@ -173,6 +173,24 @@ class Gaussian(Likelihood):
         return torch.full_like(outputs, 1 / self.sigma**2)
 
 
+class Poisson(Likelihood):
+    """A count an element, ``y ~ Poisson(exp(output))``; the loss is ``PoissonNLLLoss`` with its log input."""
+
+    def sampled_gradient(
+        self, outputs: Tensor, mask: Tensor, generator: torch.Generator, *, scale: float = 1.0
+    ) -> Tensor:
+        """``scale * (exp(output) - y_hat)`` where the mask is True."""
+        with torch.no_grad():
+            rate = outputs.detach().to(_at_least_float32(outputs)).exp()
+            # torch.poisson refuses NaN; like everywhere, it must come out of the pass and be skipped there.
+            drawn = torch.poisson(rate.nan_to_num(0.0, posinf=0.0), generator=generator)
+            return ((rate - drawn) * (scale * mask)).to(outputs.dtype)
+
+    def output_curvature(self, outputs: Tensor) -> Tensor:
+        """``exp(output)`` for each element."""
+        return outputs.exp()
+
+
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor, *, block: int = 64) -> Tensor:
     """Draw one class a row by inverting the cumulative distribution, in two levels: ``(n, V), (n,) -> (n,)``.
 
@@ -211,7 +229,12 @@ def likelihood_named(name: str | Likelihood) -> Likelihood:
     """Turn a name or an object into a likelihood."""
     if isinstance(name, Likelihood):
         return name
-    table = {"categorical": Categorical, "bernoulli": Bernoulli, "gaussian": Gaussian}
+    table: dict[str, type[Likelihood]] = {
+        "categorical": Categorical,
+        "bernoulli": Bernoulli,
+        "gaussian": Gaussian,
+        "poisson": Poisson,
+    }
     if name not in table:
         raise ValueError(
             f"likelihood={name!r} is unknown: give one of {', '.join(map(repr, table))} or an object "

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sophia import Sophia
 from sophia.curvature.exact import gauss_newton_diagonal
-from sophia.likelihoods import Bernoulli, Categorical, Gaussian
+from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from sophia.noise import generator
 from tiny import ForcedLabels
 
@@ -145,16 +145,23 @@ def test_known_mistakes_fall_outside(sampled, mistake):
     assert not 0.97 < ratio < 1.03, ratio
 
 
+SCALAR = [
+    (Bernoulli(), F.binary_cross_entropy_with_logits),
+    (Gaussian(), F.mse_loss),
+    (Gaussian(sigma=2.0), F.mse_loss),
+    (Poisson(), F.poisson_nll_loss),
+]
+
+
 @pytest.mark.parametrize(
-    "likelihood", [Bernoulli(), Gaussian(), Gaussian(sigma=2.0)], ids=lambda v: type(v).__name__
+    ("likelihood", "loss_of"), SCALAR, ids=lambda v: getattr(v, "__name__", type(v).__name__)
 )
-def test_scalar_likelihoods_are_unbiased_too(likelihood):
+def test_scalar_likelihoods_are_unbiased_too(likelihood, loss_of):
     """Regression and yes-or-no losses would get the curvature of another loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(6, 3)
     target = torch.rand(6, 2).round()
-    loss_of = F.mse_loss if isinstance(likelihood, Gaussian) else F.binary_cross_entropy_with_logits
     by_name = gauss_newton_diagonal(
         lambda p: torch.func.functional_call(model, p, (x,)),
         dict(model.named_parameters()),
