@@ -52,7 +52,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(tiny, ids, tmp_path):
     """Else one bad run would cost a night's comparison, or pass unnoticed."""
     good, bad = tiny(seed=1), tiny(seed=2, device="cuda")
     heard = Heard()
-    with pytest.raises(LabError, match=r"adamw, 24 steps, seed 2 .*for a GPU"):
+    with pytest.raises(LabError, match=r"adamw, 24 steps, seed 2: .*for a GPU"):
         execute([bad, good], tmp_path, workers=1, events=heard)
     assert ("ended", 1, "finished") in heard.all
     assert "for a GPU" in (tmp_path / bad.hash / "attempts.jsonl").read_text()
