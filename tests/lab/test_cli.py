@@ -138,6 +138,19 @@ def test_bad_values_are_named_and_leave_nothing(arguments, message, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_the_audit_prints_its_table_and_speaks_through_its_exit_code(tmp_path, capsys):
+    """Else a script could not tell a Sophia from something else, nor a reader why."""
+    path = tmp_path / "audit.json"
+    cli.main(["audit", "sophia:Sophia", "--json", str(path)])  # 0 is no exit at all
+    out = " ".join(capsys.readouterr().out.split())
+    assert "sophia:Sophia: Sophia in 4 of 4 right ways" in out
+    assert {row["verdict"] for row in json.loads(path.read_text())["findings"]} == {"Sophia"}
+    assert code(["audit", "torch.optim:AdamW"]) == 1
+    assert "not Sophia in 4 of 4" in " ".join(capsys.readouterr().out.split())
+    assert code(["audit", "nonsense"]) == 2
+    assert "Write module:Class" in capsys.readouterr().err
+
+
 def test_an_unknown_option_is_refused(capsys):
     """Else a misspelt option would silently be the default."""
     assert code(["compare", "--sedes", "3"]) == 2

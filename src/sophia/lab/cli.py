@@ -1,4 +1,4 @@
-"""The command `sophia`: from a command line to a call. What options mean is checked where used."""
+"""The command `sophia`: from a command line to a subcommand. What options mean is checked where used."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sophia.lab.options import Compare, Train
+    from sophia.lab.commands.command import Command
 
 __all__ = ["main"]
 
 NEEDED = ("tyro", "rich", "numpy", "scipy", "tokenizers", "transformers", "matplotlib", "jinja2")
 """What the extra [lab] brings; the corpus has a substitute and is asked for where it is read."""
+
+
+def commands() -> dict[str, type[Command]]:
+    """Every subcommand by name, in the order of the help."""
+    from sophia.lab.commands.audit import Audit
+    from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.train import Train
+
+    return {"compare": Compare, "train": Train, "audit": Audit}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,67 +39,35 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1)
-    from sophia.lab import options as typed  # after the check, since it needs the extra
     from sophia.lab.errors import LabError
 
-    options = typed.parse(arguments or ["--help"])
+    chosen = parse(arguments or ["--help"])
     # What is printed after a stop, to be pasted as it is.
     command = shlex.join(["sophia", *(a for a in arguments if a != "--resume")])
     try:
-        if isinstance(options, typed.Compare):
-            _compare(options, command)
-        else:
-            _train(options, command)
+        code = chosen.run(command)
     except LabError as error:
         print(f"sophia: {error}", file=sys.stderr)
         raise SystemExit(error.code) from None
     except KeyboardInterrupt:  # before the first step, when there is nothing to save
         raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
 
 
-def _compare(options: Compare, command: str) -> None:
-    from rich.console import Console
+def parse(arguments: list[str]) -> Command:
+    """The subcommand of a command line; wrong options end the process with a message and code 2."""
+    import tyro  # after the check of what is installed
 
-    from sophia.lab.compare import compare
-    from sophia.lab.plan import parse_settings
-
-    compare(
-        options.contenders,
-        preset=options.preset,
-        seeds=options.seeds,
-        data=options.data,
-        over=parse_settings(options.lr, options.set),
-        budgets=options.budgets,
-        out=options.out,
-        resume=options.resume,
-        workers=options.workers,
-        device=options.device,
-        command=command,
-        console=Console(),
+    chosen: Command = tyro.extras.subcommand_cli_from_dict(
+        commands(),
+        prog="sophia",
+        description="A lab for optimizers of language-model pre-training, Sophia among them.",
+        args=arguments,
+        # --resume without a --no-resume; --lr and --set as often as one likes.
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction),
     )
-
-
-def _train(options: Train, command: str) -> None:
-    from rich.console import Console
-
-    from sophia.lab.plan import parse_settings
-    from sophia.lab.single import train_one
-
-    lr = [] if options.lr is None else [f"{options.contender}={options.lr}"]
-    over = parse_settings(lr, [f"{options.contender}.{pair}" for pair in options.set])
-    train_one(
-        options.contender,
-        preset=options.preset,
-        seed=options.seed,
-        steps=options.steps,
-        data=options.data,
-        over=over.get(options.contender, {}),
-        out=options.out,
-        resume=options.resume,
-        device=options.device,
-        command=command,
-        console=Console(),
-    )
+    return chosen
 
 
 if __name__ == "__main__":

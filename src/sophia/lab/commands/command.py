@@ -1,0 +1,18 @@
+"""What the command line asks of a subcommand."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Command"]
+
+
+class Command(Protocol):
+    """Options as fields, whose texts are the help, and what to do with them."""
+
+    def run(self, command: str) -> int:
+        """Do it and return the exit code. ``command`` is the command line without --resume, to be shown after
+        a stop.
+
+        Raises ``LabError`` where it cannot go on.
+        """
