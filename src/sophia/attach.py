@@ -27,6 +27,7 @@ from sophia.guards import SophiaWarning
 from sophia.likelihoods import Likelihood
 from sophia.outputs import find_logits, tensors_in
 from sophia.sandbox import in_sandbox
+from sophia.sharding import is_dtensor
 
 __all__ = ["Autocast", "Recorder", "Recording"]
 
@@ -165,6 +166,12 @@ class Recorder:
                 "a function from the output to the logits. A model with a fused linear cross-entropy has "
                 "none: let it return them in training, "
                 "or use mode='manual'"
+            )
+        if is_dtensor(logits):
+            raise RuntimeError(
+                f"the logits of {type(self.model).__name__} are a DTensor, split over tensor-parallel ranks: "
+                "labels are drawn from whole rows. Give the output layer output_layouts=Replicate() and "
+                "use_local_output=True"
             )
         return logits
 

@@ -3,7 +3,8 @@
 Every decision of a refresh (due, skip, scale, raise) is taken from values that are equal on all ranks: an
 exception or a branch on one rank alone would leave the others waiting in a collective. The collectives of a
 refresh are the same on all ranks, in this order: who failed before the pass, are the parameters the same, the
-count B, who failed in the pass, which parameters were reached, the sum of the gradients, is the result finite.
+count B, who failed in the pass, which parameters were reached, the sum of the gradients, is the result
+finite.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class Ranks:
         if not groups:
             return [float(value) for value in values.tolist()]
         with _named():
-            values = values.to(self.device)
+            values = values.to(self.device, copy=True)
             for group in groups:
                 dist.all_reduce(values, op=operation, group=group)
             return [float(value) for value in values.tolist()]

@@ -58,6 +58,8 @@ class _TrainingLabelPass(PassByHand):
     def add(self, loss: Tensor, count: int) -> None:
         """Back-propagate ``count`` times the mean ``loss`` of one micro-batch."""
         self._count += count
+        if count == 0:  # a mean over nothing is NaN; yet other ranks may wait for this backward
+            loss = loss.nan_to_num()
         (loss * count).backward()  # type: ignore[no-untyped-call]
 
     def finish(self, count: float | None = None) -> Estimate:

@@ -80,6 +80,8 @@ class _ProbePass(PassByHand):
 
     def add(self, loss: Tensor, count: int) -> None:
         """Add ``count`` times the Hessian-vector product of the mean ``loss`` of one micro-batch."""
+        if count == 0:  # a mean over nothing is NaN
+            return
         self._count += count
         products = hessian_vector_product(loss, self._context.parameters, self._probe)
         for i, product in enumerate(products):
