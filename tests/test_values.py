@@ -111,6 +111,8 @@ EDGES = [
     {"foreach": True},
     {"foreach": False, "fused": False},  # what torchtitan passes to every optimizer
     {"foreach": None, "fused": None},
+    {"fused": True},
+    {"fused": False},
     {"capturable": True},
     {"differentiable": True, "foreach": False},
     {"maximize": True},
@@ -133,7 +135,7 @@ def test_edge_of_what_is_meant_is_accepted(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fused": True}, "fused=True: Sophia has no fused kernel in this version. Leave fused=None"),
+        ({"differentiable": True, "fused": True}, "differentiable=True runs tensor by tensor"),
         ({"fused": True, "foreach": True}, "`fused` and `foreach` cannot be `True` together"),
         ({"differentiable": True, "foreach": True}, "differentiable=True runs tensor by tensor"),
         ({"differentiable": True, "capturable": True}, "differentiable=True runs tensor by tensor"),

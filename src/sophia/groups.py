@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sophia.guards import check_number
+from sophia.kernels import fused_cpu
 from sophia.sharding import full_ndims
 
 __all__ = ["check_group", "decayed_and_not"]
@@ -64,12 +65,10 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise RuntimeError(
             "`fused` and `foreach` cannot be `True` together: leave both at None to let Sophia choose"
         )
-    if group["fused"]:
+    if group["fused"] and (reason := fused_cpu.unavailable()):
+        raise RuntimeError(f"fused=True: {reason}. Leave fused=None to let Sophia choose the fastest path")
+    if group["differentiable"] and (group["foreach"] or group["fused"] or group["capturable"]):
         raise RuntimeError(
-            "fused=True: Sophia has no fused kernel in this version. Leave fused=None to let Sophia choose "
-            "the fastest path"
-        )
-    if group["differentiable"] and (group["foreach"] or group["capturable"]):
-        raise RuntimeError(
-            "differentiable=True runs tensor by tensor: it goes with neither foreach=True nor capturable=True"
+            "differentiable=True runs tensor by tensor: it goes with none of foreach=True, fused=True and "
+            "capturable=True"
         )

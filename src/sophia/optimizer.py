@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,7 @@ from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
 from sophia.groups import check_group, decayed_and_not
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
-from sophia.kernels import foreach as foreach_kernel
-from sophia.kernels import single_tensor
+from sophia.kernels import choose
 from sophia.likelihoods import Likelihood, likelihood_named
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.sharding import is_dtensor, local
@@ -277,7 +277,7 @@ class Sophia(torch.optim.Optimizer):
             "weight_decay": float(group["weight_decay"]),
             "maximize": group["maximize"],
         }
-        lists: dict[tuple[torch.device, torch.dtype] | None, tuple[list[Tensor], ...]] = {}
+        lists: dict[tuple[ModuleType, torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -285,14 +285,11 @@ class Sophia(torch.optim.Optimizer):
             row: tuple[Tensor, ...] = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
             if is_dtensor(parameter) and not group["differentiable"]:
                 row = self._shards(*row)
-            fast = (
-                group["foreach"] is not False and not group["differentiable"] and foreach_kernel.applies(*row)
-            )
-            key = (row[0].device, row[0].dtype) if fast else None
+            key = (choose(group, lr, row), row[0].device, row[0].dtype)
             for column, tensor in zip(lists.setdefault(key, ([], [], [], [])), row, strict=True):
                 column.append(tensor)
-        for key, columns in lists.items():
-            (single_tensor if key is None else foreach_kernel).step(*columns, **settings)
+        for (kernel, _, _), columns in lists.items():
+            kernel.step(*columns, **settings)
 
     @staticmethod
     def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reference import Reference, array, noise_like
-from sophia.kernels import foreach, single_tensor
+from sophia.kernels import foreach, fused_cpu, single_tensor
 
 BLOCK = foreach._BLOCK
 
@@ -87,11 +87,13 @@ def check(kernel, make, dtype, **changed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(("make", "taken"), SHAPES.values(), ids=SHAPES)
-def test_both_paths_equal_the_rule(make, taken, dtype):
+def test_every_path_equals_the_rule(make, taken, dtype):
     """A path that pairs the wrong coordinates, drops a block, or computes another formula."""
     check(single_tensor, make, dtype)
     if taken is not False:
         check(foreach, make, dtype)
+        if dtype == torch.float32 and not fused_cpu.unavailable():
+            check(fused_cpu, make, dtype)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +111,21 @@ def test_both_paths_equal_the_rule(make, taken, dtype):
     ],
     ids=lambda c: ", ".join(c) + str(next(iter(c.values())))[:6],
 )
-@pytest.mark.parametrize("kernel", [foreach, single_tensor], ids=["foreach", "single_tensor"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (foreach, torch.float64),
+        (foreach, torch.float32),
+        (single_tensor, torch.float64),
+        (single_tensor, torch.float32),
+        (fused_cpu, torch.float32),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)).rpartition(".")[2],
+)
 def test_settings(kernel, dtype, changed):
     """A setting that one path ignores, or an edge of one (no decay, no step, no average)."""
+    if kernel is fused_cpu and fused_cpu.unavailable():
+        pytest.skip(fused_cpu.unavailable())
     check(kernel, SHAPES["small and large"][0], dtype, **changed)
 
 

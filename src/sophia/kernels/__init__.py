@@ -1,5 +1,37 @@
 """The rule of ``update_rule.py`` applied in place to lists of tensors; each path is held to it by a test.
 
 single_tensor   one tensor after another, by the rule itself: any layout, dtype, tensor lr, differentiable
-foreach         few passes over lists of dense tensors of one dtype: the default where it applies
+foreach         few passes over lists of dense tensors of one dtype
+fused_cpu       one pass, compiled, for float32 on a CPU
 """
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from sophia.kernels import foreach, fused_cpu, single_tensor
+
+__all__ = ["choose"]
+
+
+def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -> ModuleType:
+    """The fastest path that takes this parameter, its gradient and its state, and that the group allows.
+
+    As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never
+    this path) or None (choose).
+    """
+    if group["differentiable"]:
+        return single_tensor
+    fused_allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)
+    # The compiled loop takes lr by value: a tensor lr that must stay one goes another way.
+    if (
+        fused_allowed
+        and not isinstance(lr, Tensor)
+        and not fused_cpu.unavailable()
+        and fused_cpu.applies(*row)
+    ):
+        return fused_cpu
+    return foreach if group["foreach"] is not False and foreach.applies(*row) else single_tensor
