@@ -152,6 +152,7 @@ class Sophia(torch.optim.Optimizer):
             "refreshed": -1,
             "refreshes": 0,
             "skipped": 0,
+            "counted": 0.0,
         }
         check_group(defaults)
         super().__init__(params, defaults)
@@ -164,7 +165,6 @@ class Sophia(torch.optim.Optimizer):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
-        self._count = 0.0
 
     # ---- the model ----
 
@@ -359,7 +359,7 @@ class Sophia(torch.optim.Optimizer):
         said.
         """
         parameters = self._parameters()
-        self._count = estimate.count
+        self.param_groups[0]["counted"] = estimate.count
         ranks = self._refresher.ranks(self._model, parameters)
         objection = self._refresher.objection(estimate, parameters[0].device, ranks)
         if objection is not None:
@@ -441,7 +441,7 @@ class Sophia(torch.optim.Optimizer):
         books = self.param_groups[0]
         return {
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
-            "B": self._count,
+            "B": float(books["counted"]),
             "age": float(books["step"] - max(books["refreshed"], 0)),
             "refreshes": float(books["refreshes"]),
             "skipped": float(books["skipped"]),
