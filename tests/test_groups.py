@@ -158,8 +158,11 @@ def test_groups_of_equal_step_have_equal_books():
     params = parameters()
     opt = sophia_of([{"params": params[:1]}, {"params": params[1:2]}], seed=7)
     train([opt], params[:2], 3)
-    opt.add_param_group({"params": params[2:]})
-    assert {(group["seed"], group["step"]) for group in opt.param_groups} == {(7, 3)}
+    resumed = sophia_of([{"params": params[:1]}, {"params": params[1:2]}], seed=0)
+    resumed.load_state_dict(opt.state_dict())
+    for one in (opt, resumed):
+        one.add_param_group({"params": params[2:]})
+        assert {(group["seed"], group["step"]) for group in one.param_groups} == {(7, 3)}
 
 
 # ---- names
