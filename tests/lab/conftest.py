@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sophia.lab import corpus, recipes, tokens, vocabulary
+from sophia.lab import corpus, protocol_files, tokens, vocabulary
 from sophia.lab.config import Data
 
 WORDS = [
@@ -59,8 +59,8 @@ def tiny(text):
 
     def make(contender="adamw", *, steps=24, seed=1, over=None, **changes):
         data = Data(text.name, text.sha256, vocabulary.SHA256)
-        size = recipes.preset("tiny")
-        config = recipes.run(size, contender=contender, data=data, seed=seed, steps=steps, over=over)
+        protocol = protocol_files.chosen("tiny", None).with_contenders([contender])
+        config = protocol.run(contender, data=data, seed=seed, steps=steps, over=over)
         return dataclasses.replace(config, **changes)
 
     return make

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sophia import Sophia
-from sophia.lab.audit import BY_HAND, Finding, audit, conclusion, load_class
+from sophia.lab.audit import BY_HAND, Finding, audit, conclusion
 from sophia.lab.errors import UsageError
+from sophia.lab.loading import load_class
 
 
 class CallPattern(torch.optim.Optimizer):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -7,8 +8,7 @@ import time
 
 import pytest
 
-from sophia.lab import cli, plan
-from sophia.lab.errors import UsageError
+from sophia.lab import cli, plan, protocol_files
 
 
 def sophia(*arguments, **options):
@@ -215,8 +215,9 @@ def test_asking_for_help_loads_no_heavy_package():
 
 def test_settings_reach_their_contender(text, ids):
     """Else a given learning rate would be another's."""
-    over = plan.parse_settings(["adamw=2e-3,sophia-g=1e-3"], ["sophia-g.gamma=0.5"])
-    made = plan.make_plan(text, ids, preset="tiny", contenders=["sophia-g"], over=over)
+    protocol = protocol_files.chosen("tiny", None).with_contenders(["sophia-g"])
+    over = plan.parse_settings(["adamw=2e-3,sophia-g=1e-3"], ["sophia-g.gamma=0.5"], protocol.row)
+    made = plan.make_plan(protocol.with_settings(over), text, ids)
     settings = made.to_json()["settings"]
     assert settings["adamw"]["lr"] == 2e-3
     assert (settings["sophia-g"]["lr"], settings["sophia-g"]["gamma"]) == (1e-3, 0.5)
@@ -225,12 +226,11 @@ def test_settings_reach_their_contender(text, ids):
 
 def test_a_plan_pairs_its_runs(text, ids):
     """Else contenders would differ in more than the optimizer."""
-    made = plan.make_plan(text, ids, preset="tiny", contenders=["lion", "adamw"], seeds=3)
+    protocol = protocol_files.chosen("tiny", None).with_contenders(["lion", "adamw"])
+    made = plan.make_plan(dataclasses.replace(protocol, seeds=(1, 2, 3)), text, ids)
     assert len(made.runs) == 2 * 2 * 3 == len({run.hash for run in made.runs})
     for steps in made.budgets:
-        for seed in made.seeds:
+        for seed in protocol.seeds:
             pair = [r for r in made.runs if (r.steps, r.seed) == (steps, seed)]
             assert {r.optimizer.contender for r in pair} == {"adamw", "lion"}
             assert len({(r.model, r.schedule, r.batch, r.data, r.evaluation) for r in pair}) == 1
-    with pytest.raises(UsageError, match="--seeds"):
-        plan.make_plan(text, ids, preset="tiny", contenders=["adamw"], seeds=0)

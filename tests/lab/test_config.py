@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from sophia.lab.config import Data, Model, Optimizer, Run, Schedule, from_json, to_json
+from sophia.lab.config import Data, Model, Optimizer, Run, Schedule
 from sophia.lab.errors import UsageError
+from sophia.lab.strict import from_json, to_json
 
 RUN = Run(
     data=Data("own", "a" * 64, "b" * 64), optimizer=Optimizer("adamw", {"lr": 1e-3, "name": "x", "on": True})

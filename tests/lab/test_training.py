@@ -9,11 +9,11 @@ import torch
 
 from sophia.lab import checkpoint, contenders, training
 from sophia.lab.checkpoint import DamagedCheckpoint
-from sophia.lab.config import to_json
 from sophia.lab.errors import LabError, Stopped
 from sophia.lab.files import locked
 from sophia.lab.record import Record, rows
 from sophia.lab.signals import Request
+from sophia.lab.strict import to_json
 from sophia.lab.training import train
 
 # B is the count of the last refresh of this process; after a resume it is known again with the next one.
@@ -145,7 +145,8 @@ def test_a_stop_between_two_rows_of_the_log_loses_nothing(tiny, ids, tmp_path):
 
 KILLED = """
 import json, os, pathlib, signal, sys
-from sophia.lab.config import Run, from_json
+from sophia.lab.config import Run
+from sophia.lab.strict import from_json
 from sophia.lab.tokens import open_cached
 from sophia.lab.training import train
 config = from_json(Run, json.loads(sys.argv[1]))

@@ -14,7 +14,6 @@ of h is read from ``gamma`` or ``rho`` of the group; classes that have none (``c
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import warnings
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from sophia.lab.errors import LabError, UsageError
 
-__all__ = ["Finding", "audit", "conclusion", "load_class"]
+__all__ = ["Finding", "audit", "conclusion"]
 
 SEQUENCES, LENGTH, WIDTH, CLASSES, PARTS = 16, 16, 6, 5, 8
 BETA2, REFRESHES = 0.99, 800  # the sum of h then has a relative standard deviation of 3%
@@ -199,26 +198,6 @@ BY_HAND = (
 
 SECOND_ORDER = (_Case("backward(create_graph=True)", True, _create_graph), _Case("plain loop", False, _plain))
 """For classes that differentiate the gradient again inside ``step()``."""
-
-
-def load_class(path: str) -> Callable[..., Any]:
-    """The class named by ``module:Class``. Raises ``UsageError`` that says what is wrong with the path."""
-    module, colon, name = path.partition(":")
-    if not (colon and module and name):
-        raise UsageError(f"{path!r} does not name a class. Write module:Class, for instance sophia:Sophia.")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise UsageError(
-            f"{module!r} cannot be imported ({error}). Install it, or run where it can be found."
-        ) from error
-    except AttributeError as error:
-        raise UsageError(f"{module!r} has no {name!r}. Check the name of the class.") from error
-    if not callable(found):
-        raise UsageError(
-            f"{path!r} is a {type(found).__name__}, not a class or function that makes an optimizer."
-        )
-    return found  # type: ignore[no-any-return]
 
 
 def audit(

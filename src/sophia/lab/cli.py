@@ -21,9 +21,10 @@ def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.sweep import Sweep
     from sophia.lab.commands.train import Train
 
-    return {"compare": Compare, "train": Train, "audit": Audit}
+    return {"compare": Compare, "sweep": Sweep, "train": Train, "audit": Audit}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,38 +1,34 @@
-"""`sophia compare`: contenders on one text, equal budgets, and a verdict. Parsing is in ``cli.py``,
+"""`sophia compare`: contenders on one text, equal budgets, and a verdict. Options are in ``commands``,
 mathematics elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sophia.lab import corpus, plan, recipes, tokens
-from sophia.lab.config import Setting
+from sophia.lab import corpus, freezing, plan, tokens
 from sophia.lab.errors import LabError, Stopped, UsageError
-from sophia.lab.files import locked, write_json
+from sophia.lab.files import locked
 from sophia.lab.progress import Display
-from sophia.lab.record import Record, read_json
+from sophia.lab.protocol import Protocol
+from sophia.lab.record import Record
+from sophia.lab.strict import to_json
 from sophia.lab.workers import cores, execute
 
 if TYPE_CHECKING:
-    from sophia.lab.statistics import Summary
+    from sophia.lab.statistics import Row, Summary
 
 __all__ = ["compare"]
 
 
 def compare(
-    contenders: Sequence[str],
+    protocol: Protocol,
     *,
-    preset: str,
-    seeds: int | None,
-    data: str,
-    over: Mapping[str, Mapping[str, Setting]],
-    budgets: Sequence[int] = (),
     out: Path | None = None,
     resume: bool = False,
     workers: int | None = None,
@@ -43,60 +39,30 @@ def compare(
     """Plan, run what has not been run, and report; return the folder. Nothing is written before everything is
     checked.
     """
-    size = recipes.preset(preset)
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the runs. Use 1 or more.")
-    text = corpus.load(data)
+    text = corpus.load(protocol.data)
     ids = tokens.encode(text)
-    ids.require(size.model.context, f"The text {data}")
-    planned = plan.make_plan(
-        text,
-        ids,
-        preset=preset,
-        contenders=contenders,
-        seeds=seeds,
-        budgets=budgets,
-        over=over,
-        device=device,
-    )
-    folder = out or Path("comparisons") / f"{preset}-{text.name}-{planned.hash}"
-    started = _check_folder(folder, planned, resume=resume, command=command)
-    at_once = workers or (1 if device == "cuda" else cores())
-    with locked(folder, what="comparison"):
-        if not started:
-            write_json(folder / "comparison.json", planned.to_json())
-        _run(folder, planned, workers=min(at_once, len(planned.runs)), command=command, console=console)
-        _report(folder, console)
-    return folder
-
-
-def _check_folder(folder: Path, planned: plan.Plan, *, resume: bool, command: str) -> bool:
-    """Whether this comparison has been started there. Raises ``UsageError`` if going on would lose or mix
-    something.
-    """
-    path = folder / "comparison.json"
-    if not path.exists():
-        if folder.is_file() or (folder.is_dir() and any(p.name != "lock" for p in folder.iterdir())):
-            raise UsageError(
-                f"{folder} is there already and holds no comparison; writing into it would mix two things. "
-                "Give another folder with --out."
-            )
-        return False
-    seen, wanted = read_json(path), planned.to_json()
-    if seen != wanted:
-        keys = ", ".join(k for k in sorted({*seen, *wanted}) if k != "runs" and seen.get(k) != wanted.get(k))
-        raise UsageError(
-            f"{folder} holds another comparison: it differs in {keys or 'its runs'}. Going on would mix the "
-            f"two. "
-            "Give the options it was started with, or another folder with --out."
-        )
-    if not resume and any(Record(folder / "runs", run).result() is None for run in planned.runs):
+    ids.require(protocol.model.context, f"The text {protocol.data}")
+    planned = plan.make_plan(protocol, text, ids, device=device)
+    folder = out or Path("comparisons") / f"{protocol.name}-{text.name}-{planned.hash}"
+    frozen = {
+        "protocol.json": {"hash": planned.protocol.hash, "protocol": to_json(planned.protocol)},
+        "comparison.json": planned.to_json(),
+    }
+    started = freezing.check(folder, frozen, what="comparison")
+    if started and not resume and any(Record(folder / "runs", run).result() is None for run in planned.runs):
         raise UsageError(
             f"{folder} holds this comparison, begun and not finished; it is neither repeated nor continued "
             f"unasked. "
             f"To go on: {command} --resume"
         )
-    return True
+    at_once = workers or (1 if device == "cuda" else cores())
+    with locked(folder, what="comparison"):
+        freezing.write(folder, frozen)
+        _run(folder, planned, workers=min(at_once, len(planned.runs)), command=command, console=console)
+        _report(folder, protocol.target, console)
+    return folder
 
 
 def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, console: Console) -> None:
@@ -108,7 +74,8 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
     size = planned.runs[0]
     console.print(
         f"{' against '.join(reversed(planned.contenders))} on {planned.data['about']}: "
-        f"{len(planned.runs)} runs, {len(planned.seeds)} seeds, {workers} at a time. Records: {folder}",
+        f"{len(planned.runs)} runs, {len(planned.protocol.seeds)} seeds, {workers} at a time. "
+        f"Records: {folder}",
         highlight=False,
     )
     console.print(
@@ -121,16 +88,12 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
         with Display(console, planned.runs, done, workers=workers) as display:
             execute(planned.runs, runs, workers=workers, events=display)
     except Stopped as stopped:
-        raise Stopped(f"{stopped}\nTo go on: {_resuming(command)}", signal=stopped.signal) from None
+        raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
     except LabError as error:
-        raise LabError(f"{error}\nTo try those again: {_resuming(command)}") from None
+        raise LabError(f"{error}\nTo try those again: {command} --resume") from None
 
 
-def _resuming(command: str) -> str:
-    return command if "--resume" in command.split() else f"{command} --resume"
-
-
-def _report(folder: Path, console: Console) -> None:
+def _report(folder: Path, target: float | None, console: Console) -> None:
     from sophia.lab.report import write_report
     from sophia.lab.statistics import summarise
 
@@ -140,8 +103,22 @@ def _report(folder: Path, console: Console) -> None:
         console.print(verdict.sentence, highlight=False)
     if summary.power:
         console.print(summary.power, highlight=False, style="dim")
+    if target is not None:
+        console.print(reached(summary.rows, target), highlight=False)
     files = write_report(folder)
     console.print(f"Report:  {files.html}\nPicture: {files.curves}", highlight=False, soft_wrap=True)
+
+
+def reached(rows: Sequence[Row], target: float) -> str:
+    """The smallest budget whose runs end at the target loss or below, on average over seeds. Only the ends of
+    whole schedules count: what a longer run has seen on its way is not comparable.
+    """
+    first: dict[str, int | None] = {row.contender: None for row in rows}
+    for row in sorted(rows, key=lambda row: -row.steps):
+        if row.loss is not None and row.loss <= target and not row.diverged:
+            first[row.contender] = row.steps
+    said = [f"{name} {'not' if steps is None else f'{steps} steps'}" for name, steps in first.items()]
+    return f"Smallest budget that reaches {target:g} nats: {', '.join(said)}."
 
 
 def _table(summary: Summary) -> Table:

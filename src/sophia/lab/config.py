@@ -7,20 +7,14 @@ here.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from sophia.lab.errors import UsageError
+from sophia.lab.strict import canonical, to_json
 
-__all__ = ["Data", "Evaluation", "Model", "Optimizer", "Run", "Schedule", "canonical", "from_json", "to_json"]
-
-T = TypeVar("T")
+__all__ = ["Data", "Evaluation", "Model", "Optimizer", "Run", "Schedule", "Setting"]
 
 Setting = bool | int | float | str
 """A value of an optimizer's settings."""
@@ -164,62 +158,6 @@ class Run:
     def tokens_per_step(self) -> int:
         """Tokens read in a step."""
         return self.batch * self.model.context
-
-
-def canonical(value: object) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """The configuration as plain dictionaries, numbers and strings."""
-    return {
-        f.name: to_json(v) if dataclasses.is_dataclass(v) else dict(v) if isinstance(v, Mapping) else v
-        for f in dataclasses.fields(config)
-        for v in [getattr(config, f.name)]
-    }
-
-
-def from_json(kind: type[T], values: Any, *, where: str = "") -> T:
-    """The inverse of `to_json`. Unknown and missing keys and wrong types raise ``UsageError`` with their
-    names.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    name = where or kind.__name__.lower()
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{name} is {values!r}, but holds several fields. Write an object with {', '.join(fields)}."
-        )
-    if unknown := sorted(set(values) - set(fields)):
-        raise UsageError(
-            f"{name} has no field {unknown[0]!r}, and a misspelt field must not be ignored silently. "
-            f"The fields are {', '.join(fields)}."
-        )
-    missing = [
-        n for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if missing:
-        raise UsageError(f"{name} lacks the field {missing[0]!r}, which has no default. Add it.")
-    arguments = {n: _value(hints[n], v, f"{where}.{n}" if where else n) for n, v in values.items()}
-    return kind(**arguments)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value, where=where)
-    if typing.get_origin(hint) is not None and not isinstance(hint, types.UnionType):
-        if isinstance(value, dict) and all(isinstance(v, bool | int | float | str) for v in value.values()):
-            return dict(value)
-        raise UsageError(
-            f"{where} is {value!r}, but settings are plain values by name. Write an object of those."
-        )
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UsageError(f"{where} is {value!r}, a {type(value).__name__}. Write a {hint.__name__}.")
-    return value
 
 
 def _positive(config: object, *names: str) -> None:

@@ -8,112 +8,59 @@ function of the settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sophia.lab.config import Setting
+from sophia.lab import config, third_party
+from sophia.lab.contender import Contender, Settings, decayed_and_not
 from sophia.lab.errors import LabError, UsageError
-from sophia.lab.rivals import Lion, Pair, Signum
+from sophia.lab.rivals import Lion, Pair, RootOfCurvature, Signum
+from sophia.lab.space import WARMUP, Choice, LogRange, Space
 
-__all__ = ["CONTENDERS", "Choice", "Contender", "LogRange", "Settings", "find", "state_bytes"]
-
-Settings = Mapping[str, Setting]
-
-
-@dataclass(frozen=True)
-class LogRange:
-    """Every number from low to high, the logarithm uniform."""
-
-    low: float
-    high: float
+__all__ = ["CONTENDERS", "find", "of"]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One of a few values."""
-
-    values: tuple[Setting, ...]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A row of the table."""
-
-    name: str
-    title: str
-    """For people: what it is and where it comes from."""
-    build: Callable[[nn.Module, Settings, int], Optimizer]
-    """(model, settings, seed) -> optimizer. ``settings["lr"]`` is the peak learning rate."""
-    defaults: Settings
-    """Every setting, by name; presets put their own values over these."""
-    space: Mapping[str, LogRange | Choice]
-    """What a search may vary."""
-    state_per_parameter: int
-    """Bytes of optimizer state for a trained number that belongs to a matrix."""
-    gradients: Callable[[Settings], float] = lambda settings: 0.0
-    """Extra gradient evaluations of a step, on average."""
-
-    def settings(self, over: Settings) -> dict[str, Setting]:
-        """The defaults with other values put over them. Raises ``UsageError`` for a name or type that is none
-        of them.
-        """
-        merged = dict(self.defaults)
-        for name, value in over.items():
-            if name not in merged:
-                raise UsageError(
-                    f"{self.name} has no setting {name!r}, and it must not be ignored silently. "
-                    f"Its settings are {', '.join(merged)}."
-                )
-            if isinstance(merged[name], float) and type(value) is int:
-                value = float(value)
-            if type(value) is not type(merged[name]):
-                raise UsageError(f"{self.name}: {name} is {value!r}. Write a {type(merged[name]).__name__}.")
-            merged[name] = value
-        return merged
-
-
-def find(name: str) -> Contender:
-    """The row of that name. Raises ``UsageError`` that lists the names."""
-    if name not in CONTENDERS:
-        raise UsageError(f"There is no contender {name!r}. Choose from: {', '.join(CONTENDERS)}.")
-    return CONTENDERS[name]
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the tensors an optimizer keeps between steps, measured."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
+def find(name: str, path: str | None = None) -> Contender:
+    """The row of that name, or the contender that an installed package offers under it; with ``path``
+    (``module:Class``) the one made from that class. Raises ``UsageError`` that lists the names.
+    """
+    if path is not None:
+        if name in CONTENDERS:
+            raise UsageError(
+                f"{name}={path}: {name} is a row of the table of contenders, and one name cannot mean two "
+                f"optimizers. Write another name, for instance my-{name}={path}."
+            )
+        return third_party.contender(name, path)
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    offered = third_party.offered()
+    if name in offered:
+        return third_party.contender(name, offered[name])
+    raise UsageError(
+        f"There is no contender {name!r}. Choose from: {', '.join([*CONTENDERS, *offered])}; or give one of "
+        "your own as module:Class."
     )
 
 
-def _groups(
-    model: nn.Module, settings: Settings, *, only: Callable[[str], bool] = lambda name: True
-) -> list[dict[str, Any]]:
-    """Matrices with decay, the rest (biases, gains) without, in the order of the model."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and only(name)]
-    matrices = [p for _, p in named if p.ndim >= 2]
-    rest = [p for _, p in named if p.ndim < 2]
-    decay = settings["weight_decay"]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def of(optimizer: config.Optimizer) -> Contender:
+    """The contender of a run. Raises ``LabError`` if its class is not the one the run was planned with."""
+    path = optimizer.settings.get(third_party.CLASS)
+    if path is None:
+        return find(optimizer.contender)
+    return third_party.contender(
+        optimizer.contender, str(path), code=str(optimizer.settings[third_party.CODE])
+    )
 
 
 def _adamw(model: nn.Module, s: Settings, seed: int, **only: Any) -> Optimizer:
     betas = (float(s["beta1"]), float(s["beta2"]))
 
     return torch.optim.AdamW(
-        _groups(model, s, **only), lr=float(s["lr"]), betas=betas, eps=float(s["eps"]), fused=True
+        decayed_and_not(model, s, **only), lr=float(s["lr"]), betas=betas, eps=float(s["eps"]), fused=True
     )
 
 
@@ -134,12 +81,46 @@ def _sophia(model: nn.Module, s: Settings, seed: int) -> Optimizer:
     )
 
 
+def _adahessian(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    return RootOfCurvature(
+        model,
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        eps=float(s["eps"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        seed=seed,
+    )
+
+
+def _nadamw(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    return torch.optim.NAdam(
+        decayed_and_not(model, s),
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        eps=float(s["eps"]),
+        momentum_decay=float(s["momentum_decay"]),
+        decoupled_weight_decay=True,
+    )
+
+
+def _adafactor(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    return torch.optim.Adafactor(
+        decayed_and_not(model, s), lr=float(s["lr"]), beta2_decay=float(s["beta2_decay"]), d=float(s["d"])
+    )
+
+
+def _sgd(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    return torch.optim.SGD(decayed_and_not(model, s), lr=float(s["lr"]), momentum=float(s["momentum"]))
+
+
 def _lion(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return Lion(_groups(model, s), lr=float(s["lr"]), betas=(float(s["beta1"]), float(s["beta2"])))
+    return Lion(decayed_and_not(model, s), lr=float(s["lr"]), betas=(float(s["beta1"]), float(s["beta2"])))
 
 
 def _signum(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return Signum(_groups(model, s), lr=float(s["lr"]), beta=float(s["beta"]))
+    return Signum(decayed_and_not(model, s), lr=float(s["lr"]), beta=float(s["beta"]))
 
 
 def _muon(model: nn.Module, s: Settings, seed: int) -> Optimizer:
@@ -178,8 +159,8 @@ def _hvp_cost(s: Settings) -> float:
     return 2.0 * float(s["fraction"]) / float(s["update_every"])
 
 
-_RATES = LogRange(1e-4, 1e-1)
 _DECAY = Choice((0.0, 0.03, 0.1, 0.2))
+_WARMUP = Choice((0.05, 0.1, 0.2))
 
 # Defaults are those of the papers at their own scale; presets tune them.
 _SOPHIA: Settings = {
@@ -192,13 +173,25 @@ _SOPHIA: Settings = {
     "update_every": 10,
     "fraction": 0.5,
 }
-_SOPHIA_SPACE: Mapping[str, LogRange | Choice] = {
+_SOPHIA_SPACE: Space = {
     "lr": LogRange(1e-4, 1e-2),
     "beta1": Choice((0.6, 0.7, 0.8, 0.9, 0.96)),
     "beta2": Choice((0.8, 0.9, 0.95, 0.99)),
     "gamma": LogRange(1e-3, 1.0),
+    "eps": Choice((1e-12, 1e-8, 1e-7)),
     "weight_decay": _DECAY,
+    WARMUP: _WARMUP,
+    "update_every": Choice((5, 10, 20)),
+    "fraction": Choice((0.25, 0.5, 1.0)),
 }
+_ADAM_SPACE: Space = {
+    "lr": LogRange(3e-4, 3e-2),
+    "beta1": Choice((0.7, 0.8, 0.9, 0.95)),
+    "beta2": Choice((0.9, 0.95, 0.98, 0.99)),
+    "weight_decay": _DECAY,
+    WARMUP: _WARMUP,
+}
+_SIGN_DECAY = Choice((0.0, 0.1, 0.3, 1.0))
 
 CONTENDERS: Mapping[str, Contender] = {
     row.name: row
@@ -208,12 +201,7 @@ CONTENDERS: Mapping[str, Contender] = {
             title="AdamW (torch, fused)",
             build=_adamw,
             defaults={"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
-            space={
-                "lr": LogRange(3e-4, 3e-2),
-                "beta1": Choice((0.8, 0.9, 0.95)),
-                "beta2": Choice((0.9, 0.95, 0.98, 0.99)),
-                "weight_decay": _DECAY,
-            },
+            space=_ADAM_SPACE,
             state_per_parameter=8,
         ),
         Contender(
@@ -235,6 +223,73 @@ CONTENDERS: Mapping[str, Contender] = {
             gradients=_hvp_cost,
         ),
         Contender(
+            name="sophia-ef",
+            title="Sophia with the empirical Fisher: the training labels in place of sampled ones",
+            build=_sophia,
+            defaults={**_SOPHIA, "estimator": "empirical_fisher"},
+            space=_SOPHIA_SPACE,
+            state_per_parameter=8,
+            gradients=_sampled_cost,
+        ),
+        Contender(
+            name="adahessian",
+            title="AdaHessian's step (arXiv 2006.00719): the root of averaged squares, no clip",
+            build=_adahessian,
+            defaults={
+                "lr": 1e-3,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "update_every": 10,
+                "fraction": 0.5,
+            },
+            space={**_ADAM_SPACE, "update_every": Choice((1, 5, 10))},
+            state_per_parameter=8,
+            gradients=_hvp_cost,
+        ),
+        Contender(
+            name="nadamw",
+            title="NAdam with decoupled decay (torch)",
+            build=_nadamw,
+            defaults={
+                "lr": 1e-3,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "eps": 1e-8,
+                "momentum_decay": 4e-3,
+                "weight_decay": 0.1,
+            },
+            space=_ADAM_SPACE,
+            state_per_parameter=8,
+        ),
+        Contender(
+            name="adafactor",
+            title="Adafactor (torch; arXiv 1804.04235): its lr is relative to the size of each tensor",
+            build=_adafactor,
+            defaults={"lr": 1e-2, "beta2_decay": -0.8, "d": 1.0, "weight_decay": 0.1},
+            space={
+                "lr": LogRange(3e-3, 3e-1),
+                "beta2_decay": Choice((-1.0, -0.8, -0.5)),
+                "weight_decay": _DECAY,
+                WARMUP: _WARMUP,
+            },
+            state_per_parameter=0,
+        ),
+        Contender(
+            name="sgd",
+            title="gradient descent with momentum (torch); its decay is part of the gradient",
+            build=_sgd,
+            defaults={"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-4},
+            space={
+                "lr": LogRange(0.01, 3.0),
+                "momentum": Choice((0.8, 0.9, 0.95)),
+                "weight_decay": Choice((0.0, 1e-5, 1e-4, 1e-3)),
+                WARMUP: _WARMUP,
+            },
+            state_per_parameter=4,
+        ),
+        Contender(
             name="lion",
             title="Lion (arXiv 2302.06675)",
             build=_lion,
@@ -243,7 +298,8 @@ CONTENDERS: Mapping[str, Contender] = {
                 "lr": LogRange(5e-5, 5e-3),
                 "beta1": Choice((0.8, 0.9, 0.95)),
                 "beta2": Choice((0.9, 0.95, 0.98, 0.99)),
-                "weight_decay": Choice((0.0, 0.1, 0.3, 1.0)),
+                "weight_decay": _SIGN_DECAY,
+                WARMUP: _WARMUP,
             },
             state_per_parameter=4,
         ),
@@ -255,7 +311,8 @@ CONTENDERS: Mapping[str, Contender] = {
             space={
                 "lr": LogRange(5e-5, 5e-3),
                 "beta": Choice((0.6, 0.8, 0.9, 0.95)),
-                "weight_decay": Choice((0.0, 0.1, 0.3, 1.0)),
+                "weight_decay": _SIGN_DECAY,
+                WARMUP: _WARMUP,
             },
             state_per_parameter=4,
         ),
@@ -272,7 +329,14 @@ CONTENDERS: Mapping[str, Contender] = {
                 "eps": 1e-8,
                 "weight_decay": 0.1,
             },
-            space={"lr": _RATES, "adamw_lr": LogRange(3e-4, 3e-2), "momentum": Choice((0.8, 0.9, 0.95))},
+            space={
+                "lr": LogRange(3e-4, 3e-2),
+                "adamw_lr": LogRange(3e-4, 3e-2),
+                "momentum": Choice((0.8, 0.9, 0.95)),
+                "beta1": Choice((0.7, 0.8, 0.9)),
+                "weight_decay": _DECAY,
+                WARMUP: _WARMUP,
+            },
             state_per_parameter=4,
         ),
     )

@@ -3,114 +3,89 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sophia.lab import recipes, vocabulary
-from sophia.lab.config import Data, Run, Setting, canonical, to_json
-from sophia.lab.contenders import find
+from sophia.lab import vocabulary
+from sophia.lab.config import Data, Run, Setting
+from sophia.lab.contender import Contender
 from sophia.lab.corpus import Corpus
 from sophia.lab.errors import UsageError
+from sophia.lab.protocol import Protocol
+from sophia.lab.strict import canonical, to_json
 from sophia.lab.tokens import Tokens
 
-__all__ = ["BASELINE", "Plan", "make_plan", "parse_settings"]
-
-BASELINE = "adamw"
-
-Overrides = Mapping[str, Mapping[str, Setting]]
+__all__ = ["Plan", "about", "make_plan", "parse_settings"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a comparison, and everything about it that its report needs."""
+    """The protocol, the facts of its text, and the runs."""
 
-    preset: str
-    contenders: tuple[str, ...]
-    """The baseline first."""
-    seeds: tuple[int, ...]
-    budgets: tuple[int, ...]
-    """Steps, ascending."""
+    protocol: Protocol
     data: Mapping[str, Any]
     runs: tuple[Run, ...]
     """In the order in which they are done."""
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """The baseline first."""
+        return self.protocol.names
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """Steps, ascending."""
+        return tuple(sorted(self.protocol.budgets))
 
     def to_json(self) -> dict[str, Any]:
         """The content of comparison.json."""
         first = {run.optimizer.contender: run for run in reversed(self.runs)}
         return {
             "version": 1,
-            "preset": self.preset,
+            "preset": self.protocol.name,
             "contenders": list(self.contenders),
-            "baseline": self.contenders[0],
-            "seeds": list(self.seeds),
+            "baseline": self.protocol.baseline,
+            "seeds": list(self.protocol.seeds),
             "budgets": list(self.budgets),
             "data": dict(self.data),
-            "model": to_json(self.runs[0].model),
-            "batch": self.runs[0].batch,
+            "model": to_json(self.protocol.model),
+            "batch": self.protocol.batch,
             "settings": {name: dict(first[name].optimizer.settings) for name in self.contenders},
             "runs": [
                 {"contender": r.optimizer.contender, "seed": r.seed, "steps": r.steps, "run": r.hash}
                 for r in self.runs
             ],
-        }
+        } | ({} if self.protocol.target is None else {"target": self.protocol.target})
 
     @property
     def hash(self) -> str:
         """Eight hexadecimal digits that name this comparison."""
-        return hashlib.sha256(canonical(self.to_json()).encode()).hexdigest()[:8]
+        content = {"comparison": self.to_json(), "protocol": to_json(self.protocol)}
+        return hashlib.sha256(canonical(content).encode()).hexdigest()[:8]
 
 
-def make_plan(
-    corpus: Corpus,
-    tokens: Tokens,
-    *,
-    preset: str,
-    contenders: Sequence[str],
-    seeds: int | None = None,
-    budgets: Sequence[int] = (),
-    over: Overrides | None = None,
-    device: str = "cpu",
-) -> Plan:
+def make_plan(protocol: Protocol, corpus: Corpus, tokens: Tokens, *, device: str = "cpu") -> Plan:
     """Every contender at every budget and seed; for each seed all start from the same weights and read the
     same batches.
 
-    The baseline is put first if it was left out. Raises ``UsageError`` for what cannot be planned.
+    Raises ``UsageError`` for what cannot be planned.
     """
-    size = recipes.preset(preset)
-    names = tuple(dict.fromkeys((BASELINE, *contenders) if BASELINE not in contenders else contenders))
-    names = (BASELINE, *(name for name in names if name != BASELINE))
-    for name in names:
-        find(name)
-    for name in over or {}:
-        if name not in names:
-            raise UsageError(
-                f"A setting is given for {name!r}, which is not in this comparison, so it would have no "
-                f"effect. "
-                f"The contenders are {', '.join(names)}; add {name} to them, or leave its setting out."
-            )
-    count = size.seeds if seeds is None else seeds
-    if count < 1:
-        raise UsageError(
-            f"--seeds is {count}, and a comparison without a run compares nothing. Use 2 or more."
-        )
-    chosen = tuple(sorted(set(budgets))) or size.budgets
+    protocol.check()
     data = Data(corpus.name, corpus.sha256, vocabulary.SHA256)
     runs = tuple(
-        recipes.run(
-            size,
-            contender=name,
-            data=data,
-            seed=seed,
-            steps=steps,
-            over=(over or {}).get(name),
-            device=device,
-        )
-        for seed in range(1, count + 1)
-        for steps in reversed(chosen)  # long ones first, so that the workers end together
-        for name in names
+        protocol.run(name, data=data, seed=seed, steps=steps, device=device)
+        for seed in protocol.seeds
+        for steps in sorted(protocol.budgets, reverse=True)  # long ones first: the workers end together
+        for name in protocol.names
     )
-    about = {
+    # The records say which text it was by its hash; where it lay is nobody's business.
+    return Plan(replace(protocol, data=corpus.name), about(corpus, tokens), runs)
+
+
+def about(corpus: Corpus, tokens: Tokens) -> dict[str, Any]:
+    """The facts of a text that its records keep."""
+    return {
         "corpus": corpus.name,
         "about": corpus.about,
         "text_sha256": corpus.sha256,
@@ -120,13 +95,16 @@ def make_plan(
         "validation_tokens": len(tokens.validation),
         "unigram_nats": round(tokens.unigram_entropy(), 4),
     }
-    return Plan(preset, names, tuple(range(1, count + 1)), chosen, about, runs)
 
 
-def parse_settings(lr: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Setting]]:
-    """From ``name=value`` learning rates and ``name.setting=value`` pairs to settings by contender.
+def parse_settings(
+    lr: Sequence[str], settings: Sequence[str], row: Callable[[str], Contender]
+) -> dict[str, dict[str, Setting]]:
+    """From ``name=value`` learning rates and ``name.setting=value`` pairs to settings by contender; ``row``
+    finds a contender by its name.
 
-    >>> parse_settings(["adamw=2e-3"], ["sophia-g.gamma=0.1", "sophia-g.update_every=5"])
+    >>> from sophia.lab.contenders import find
+    >>> parse_settings(["adamw=2e-3"], ["sophia-g.gamma=0.1", "sophia-g.update_every=5"], find)
     {'adamw': {'lr': 0.002}, 'sophia-g': {'gamma': 0.1, 'update_every': 5}}
     """
     over: dict[str, dict[str, Setting]] = {}
@@ -137,13 +115,12 @@ def parse_settings(lr: Sequence[str], settings: Sequence[str]) -> dict[str, dict
             raise UsageError(
                 f"{option} {pair}: it is not clear whose value this is. Write {option} {example}."
             )
-        row = find(name)
-        if setting not in row.defaults:
+        defaults = row(name).defaults
+        if setting not in defaults:
             raise UsageError(
-                f"{option} {pair}: {name} has no setting {setting!r}. Its settings are "
-                f"{', '.join(row.defaults)}."
+                f"{option} {pair}: {name} has no setting {setting!r}. Its settings are {', '.join(defaults)}."
             )
-        kind = type(row.defaults[setting])
+        kind = type(defaults[setting])
         try:
             value = kind(text)
         except ValueError:

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sophia.lab.config import Run, from_json, to_json
+from sophia.lab.config import Run
 from sophia.lab.errors import LabError, UsageError
 from sophia.lab.files import checked_name, out_of_space_named, write_json
+from sophia.lab.strict import from_json, to_json
 
 __all__ = ["Record", "read_json", "rows"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -23,7 +23,11 @@ class Request:
 
 
 @contextmanager
-def requests(*, at_once: Callable[[], None] = lambda: None) -> Iterator[Request]:
+def requests(
+    *,
+    at_once: Callable[[], None] = lambda: None,
+    numbers: Collection[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> Iterator[Request]:
     """Within the block, signals set the request. ``at_once`` runs before a second one ends the process."""
     request = Request()
 
@@ -33,7 +37,7 @@ def requests(*, at_once: Callable[[], None] = lambda: None) -> Iterator[Request]
             os._exit(128 + number)
         request.signal = number
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:

@@ -1,16 +1,16 @@
-"""`sophia train`: one run of a preset."""
+"""`sophia train`: one run of a protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sophia.lab import corpus, recipes, tokens, training, vocabulary
-from sophia.lab.config import Data, Setting
+from sophia.lab import corpus, tokens, training, vocabulary
+from sophia.lab.config import Data
 from sophia.lab.errors import Stopped, UsageError
+from sophia.lab.protocol import Protocol
 from sophia.lab.record import Record
 from sophia.lab.signals import requests
 
@@ -20,11 +20,9 @@ __all__ = ["train_one"]
 def train_one(
     contender: str,
     *,
-    preset: str,
+    protocol: Protocol,
     seed: int,
     steps: int | None,
-    data: str,
-    over: Mapping[str, Setting],
     out: Path,
     resume: bool,
     device: str,
@@ -32,19 +30,17 @@ def train_one(
     console: Console,
 ) -> None:
     """Train, show how it goes, and print where the records are."""
-    size = recipes.preset(preset)
-    text = corpus.load(data)
-    config = recipes.run(
-        size,
-        contender=contender,
+    protocol.check()
+    text = corpus.load(protocol.data)
+    config = protocol.run(
+        contender,
         data=Data(text.name, text.sha256, vocabulary.SHA256),
         seed=seed,
-        steps=size.budgets[-1] if steps is None else steps,
-        over=over,
+        steps=max(protocol.budgets) if steps is None else steps,
         device=device,
     )
     ids = tokens.encode(text)
-    ids.require(config.model.context, f"The text {data}")
+    ids.require(config.model.context, f"The text {protocol.data}")
     record = Record(out, config)
     if record.folder.exists() and record.result() is None and not resume:
         raise UsageError(

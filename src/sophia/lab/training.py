@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sophia.lab import checkpoint, contenders, environment, models, schedules
+from sophia.lab import checkpoint, contender, contenders, environment, models, schedules
 from sophia.lab.config import Run
 from sophia.lab.errors import LabError, Stopped
 from sophia.lab.files import locked
@@ -71,7 +71,7 @@ def _train(
 
     model = models.gpt2(config.model, seed=config.seed).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    row = contenders.find(config.optimizer.contender)
+    row = contenders.of(config.optimizer)
     settings = row.settings(config.optimizer.settings)
     optimizer = row.build(model, settings, config.seed)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -127,7 +127,7 @@ def _train(
             "seconds": clock.seconds,
             "cpu_seconds": clock.cpu_seconds,
             "parameters": size,
-            "state_bytes": contenders.state_bytes(optimizer),
+            "state_bytes": contender.state_bytes(optimizer),
             "unclipped": sum(shares) / len(shares) if shares else None,
             "environment": environment.describe(threads=config.threads, device=config.device),
         }

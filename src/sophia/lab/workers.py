@@ -21,10 +21,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from sophia.lab.config import Run, from_json, to_json
+from sophia.lab.config import Run
 from sophia.lab.errors import LabError, Stopped
 from sophia.lab.record import Record
 from sophia.lab.signals import requests
+from sophia.lab.strict import from_json, to_json
 
 __all__ = ["Events", "cores", "execute"]
 
@@ -168,7 +169,8 @@ def _work(connection: Connection, runs: Path, save_every: int) -> None:
     from sophia.lab.training import Progress, train
 
     _keep_memory()
-    with requests() as stop:
+    # Ctrl-C reaches the whole group, and then the parent asks again: those would be two requests.
+    with requests(numbers=(signal.SIGTERM,)) as stop:
 
         def send(*message: Any) -> None:
             try:

