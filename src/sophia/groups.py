@@ -11,7 +11,7 @@ from sophia.guards import check_number
 from sophia.kernels import fused_cpu
 from sophia.sharding import full_ndims
 
-__all__ = ["check_group", "decayed_and_not"]
+__all__ = ["check_group", "decayed_and_not", "translated_from_adamw"]
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -72,3 +72,39 @@ def check_group(group: Mapping[str, Any]) -> None:
             "differentiable=True runs tensor by tensor: it goes with none of foreach=True, fused=True and "
             "capturable=True"
         )
+
+
+def translated_from_adamw(source: Any, ratio: float) -> tuple[list[dict[str, Any]] | None, dict[str, Any]]:
+    """Sophia's groups and defaults from an AdamW or from a mapping of its arguments.
+
+    Returns:
+        The groups with their parameters (None from a mapping), and lr and weight_decay for the rest.
+    """
+    check_number("lr_ratio", ratio, above=0.0)
+    if isinstance(source, Mapping):
+        missing = [name for name in ("lr", "weight_decay") if name not in source]
+        if missing:
+            raise ValueError(
+                f"from_adamw got a mapping without {missing[0]!r}: the settings to translate are lr and "
+                "weight_decay. Write from_adamw({'lr': 6e-4, 'weight_decay': 0.1}, model)"
+            )
+        return None, {"lr": source["lr"] * ratio, "weight_decay": source["weight_decay"] / ratio}
+    groups = getattr(source, "param_groups", None)
+    if groups is None or any("lr" not in group or "weight_decay" not in group for group in groups):
+        raise ValueError(
+            f"from_adamw got {type(source).__name__}: it has no parameter groups with lr and weight_decay to "
+            "translate. Pass the AdamW itself, or {'lr': ..., 'weight_decay': ...}"
+        )
+    translated = [
+        {
+            "params": list(zip(group["param_names"], group["params"], strict=True))
+            if "param_names" in group
+            else group["params"],
+            # The peak, if a scheduler has already turned it down.
+            "lr": group.get("initial_lr", group["lr"]) * ratio,
+            "weight_decay": group["weight_decay"] / ratio,
+            "maximize": group.get("maximize", False),
+        }
+        for group in groups
+    ]
+    return translated, {"lr": translated[0]["lr"], "weight_decay": translated[0]["weight_decay"]}

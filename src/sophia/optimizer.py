@@ -17,7 +17,7 @@ from sophia.attach import Recorder
 from sophia.curvature import Estimator, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
-from sophia.groups import check_group, decayed_and_not
+from sophia.groups import check_group, decayed_and_not, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import choose
 from sophia.likelihoods import Likelihood, likelihood_named
@@ -41,26 +41,34 @@ class Sophia(torch.optim.Optimizer):
     they were. The loop needs no other change.
 
     Args:
-        model_or_params: the model (matrices are decayed, vectors are not), or parameters, parameter groups or
-        named
+        model_or_params: the model (matrices are decayed, vectors are not), or parameters, groups or named
             parameters as for any optimizer of torch; the latter with ``model=``.
         lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's.
         betas: decay of m a step, and of h a refresh. The paper's.
-        gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official repository
-        calls it rho. eps: floor of the denominator ``gamma h``; above 0. weight_decay: decoupled, times lr.
+        gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official
+            repository calls it rho.
+        eps: floor of the denominator ``gamma h``; above 0.
+        weight_decay: decoupled, times lr.
         model: the module whose training forwards are recorded: the one that is really called and returns
-        logits. update_every: k, steps between two refreshes. fraction: share of the micro-batches (of the
-        rows, if there is one micro-batch) that a refresh uses. estimator: ``"gnb"``, ``"hutchinson"``,
-        ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``. likelihood: ``"categorical"``,
-        ``"bernoulli"``, ``"gaussian"`` or a ``sophia.likelihoods.Likelihood``. mode: ``"replay"``, or
-        ``"manual"``: h is renewed by ``with opt.hessian_pass()`` alone. seed: of the noise of the refreshes,
-        which is a function of (seed, step, rank, micro-batch). logits_fn: from the model's output to the
-        logits, where they are not found. mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the
-        predictions that count, where the gradient does not tell. copy_inputs: keep copies of the model's
-        inputs on due steps, for loops that overwrite them. process_group: ranks that train the same
-        parameters; None for the default group, False for none. state_dtype: of m and h; float64 parameters
-        have float64 state. maximize, foreach, fused, capturable, differentiable: as in ``torch.optim.AdamW``.
-        ``foreach=None`` chooses.
+            logits.
+        update_every: k, steps between two refreshes.
+        fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses.
+        estimator: ``"gnb"``, ``"hutchinson"``, ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"`` or a
+            ``sophia.likelihoods.Likelihood``.
+        mode: ``"replay"``, or ``"manual"``: h is renewed by ``with opt.hessian_pass()`` alone.
+        seed: of the noise of the refreshes, which is a function of (seed, step, rank, micro-batch).
+        logits_fn: from the model's output to the logits, where they are not found.
+        mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the predictions that count, where the
+            gradient does not tell.
+        copy_inputs: keep copies of the model's inputs on due steps, for loops that overwrite them.
+        process_group: ranks that train the same parameters; None for the default group, False for none.
+        state_dtype: of m and h; float64 parameters have float64 state.
+        maximize: as in ``torch.optim.AdamW``.
+        foreach: as there; None chooses.
+        fused: as there: one compiled pass for float32 on a CPU; None chooses.
+        capturable: as there; the refresh itself is not captured.
+        differentiable: as there.
 
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
     count B).
@@ -158,6 +166,40 @@ class Sophia(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if model is not None:
             self.attach(model)
+
+    @classmethod
+    def from_adamw(
+        cls,
+        source: torch.optim.Optimizer | Mapping[str, Any],
+        model: nn.Module,
+        *,
+        lr_ratio: float = 0.5,
+        **settings: Any,
+    ) -> Sophia:
+        """Sophia in place of an AdamW that you have tuned: lr times ``lr_ratio``, weight decay divided by it.
+
+        The product lr * weight_decay, which is what decays the weights, stays the same. Half of AdamW's tuned
+        lr is where sweeps of 130M to 520M models found Sophia's (arXiv 2509.02046; there with twice AdamW's
+        warm-up); batches of a few thousand tokens may want a third. AdamW's betas and eps mean something else
+        and are not taken over, and neither is its state.
+
+        Args:
+            source: the optimizer, whose groups are kept, or its arguments
+                (``{"lr": ..., "weight_decay": ...}``).
+            model: the module that is called in the loop.
+            lr_ratio: Sophia's lr over AdamW's.
+            **settings: any other argument of ``Sophia``.
+
+        >>> model = nn.Linear(3, 4)
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
+        >>> group = Sophia.from_adamw(adamw, model).param_groups[0]
+        >>> group["lr"], group["weight_decay"]
+        (0.0003, 0.2)
+        """
+        groups, defaults = translated_from_adamw(source, lr_ratio)
+        if groups is None:
+            return cls(model, **{**defaults, **settings})
+        return cls(groups, model=model, **{**defaults, **settings})
 
     def _ready(self) -> None:
         """Set what is neither a setting nor state: it is made anew in a copy."""

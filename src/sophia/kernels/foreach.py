@@ -1,10 +1,11 @@
 """The rule over lists of tensors, with the fewest passes over memory.
 
 For d > 0,  clip(m / d, 1) = m / max(d, |m|) :  one division less to store and no clamp afterwards. A step is
-then
 
-    m <- m + (1 - beta1) (g - m);   d = max(gamma h, eps, |m|);   theta <- (1 - lr wd) theta;   theta <- theta
-    - lr m / d
+    m     <- m + (1 - beta1) (g - m)
+    d     =  max(gamma h, eps, |m|)
+    theta <- (1 - lr wd) theta
+    theta <- theta - lr m / d
 
 On a CPU the lists are cut into blocks that stay in a core's cache between the passes: faster than whole
 tensors, and the temporaries are a few hundred kilobytes instead of two copies of the model. On a GPU each
