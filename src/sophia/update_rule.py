@@ -19,9 +19,9 @@ The same thing under its four names::
     theta      theta              theta                     param
     m          m                  m                         exp_avg
     h          h                  h                         B * hessian     (its buffer lacks the factor B)
-    gamma      gamma              1 / rho, see lr           rho             (.05 for GPT-2 125M, Sophia-G)
+    gamma      gamma              rho                       rho             (.05 for GPT-2 125M, Sophia-G)
     lr         eta                rho * eta                 lr
-    eps        eps inside max     eps inside max            + 1e-15, added to the denominator
+    eps        eps inside max     rho * eps inside max      + 1e-15, added to the denominator
     beta1      beta_1             beta_1                    betas[0]
     beta2      beta_2             beta_2                    betas[1]
     wd         lambda             lambda                    weight_decay
@@ -41,12 +41,12 @@ __all__ = ["average_curvature", "average_gradient", "clipped_direction", "sophia
 
 
 def average_gradient(m: Tensor, g: Tensor, *, beta1: float) -> Tensor:
-    """Return the new momentum ``beta1 m + (1 - beta1) g`` (Algorithm 3, line 6)."""
+    """Return the new momentum ``beta1 m + (1 - beta1) g`` (Algorithm 3)."""
     return beta1 * m + (1 - beta1) * g
 
 
 def average_curvature(h: Tensor, h_hat: Tensor, *, beta2: float) -> Tensor:
-    """Return the new curvature ``beta2 h + (1 - beta2) h_hat`` (Algorithm 3, line 9).
+    """Return the new curvature ``beta2 h + (1 - beta2) h_hat`` (Algorithm 3).
 
     ``h_hat`` estimates the diagonal of the Hessian of the *mean* loss, per coordinate: the factor B of
     Algorithm 2 is already in it.

@@ -2,8 +2,8 @@
 
 For B predictions with outputs z_b and labels y_b drawn from p(. | z_b),
 
-    h_hat = B * ( grad of (1/B) sum_b -log p(y_b | z_b) )^2  =  ( grad of sum_b -log p(y_b | z_b) / sqrt(B)
-    )^2 .
+    h_hat = B * ( grad of (1/B) sum_b -log p(y_b | z_b) )^2
+          = ( grad of sum_b -log p(y_b | z_b) / sqrt(B) )^2 .
 
 It is unbiased for the diagonal of the Gauss-Newton matrix (1/B) sum_b J_b^T S_b J_b, S_b the curvature of
 -log p in the outputs. In four lines: write e_b for the gradient of -log p(y_b | z_b) in z_b. (1) E e_b = 0,
@@ -12,11 +12,11 @@ The draws are independent, so the cross terms E e_b e_c^T vanish. (4) Hence E (s
 sum_b diag J_b^T S_b J_b. With the *training* labels (1) fails: that is the empirical Fisher, another
 quantity.
 
-The right-hand form is what runs: it needs no factor afterwards, and numbers of the size of sqrt(h) fit in
+The second form is what runs: it needs no factor afterwards, and numbers of the size of sqrt(h) fit in
 half precision. One draw has a relative standard deviation of about sqrt(2) a coordinate, whatever B: the EMA
 is there to average it.
 
-Source: arXiv 2305.14342v4, Algorithm 2 and section 2.3.
+Source: arXiv 2305.14342v4, Algorithm 2.
 """
 
 from __future__ import annotations
