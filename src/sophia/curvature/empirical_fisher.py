@@ -3,9 +3,9 @@
     h_hat = B * ( grad of the mean training loss )^2
 
 It costs what Gauss-Newton-Bartlett costs and looks alike, and it estimates something else: the training
-labels are not the model's, their gradients do not average to zero, so the cross terms stay, and near a minimum
-it says how noisy the gradient is rather than how curved the loss is. The paper has it among its ablations
-(E-F); it is here for that comparison and is never chosen for you.
+labels are not the model's, their gradients do not average to zero, so the cross terms stay, and near a
+minimum it says how noisy the gradient is rather than how curved the loss is. The paper has it among its
+ablations (E-F); it is here for that comparison and is never chosen for you.
 
 Source: arXiv 2305.14342v4, ablations; Kunstner, Balles, Hennig, arXiv
 1905.12558.

@@ -30,8 +30,8 @@ class Hutchinson(Estimator):
     Args:
         distribution: of the probe, "rademacher" or "gaussian" (the paper's).
         loss_fn: ``loss_fn(output, args, kwargs) -> scalar``, the *mean* loss of one micro-batch from what the
-            model returned and what it was called with. By default the loss is looked for in the output (``.loss``,
-            ``["loss"]`` or a 0-dim tensor in a tuple).
+            model returned and what it was called with. By default the loss is looked for in the output
+            (``.loss``, ``["loss"]`` or a 0-dim tensor in a tuple).
     """
 
     signed = True
