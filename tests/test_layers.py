@@ -29,7 +29,7 @@ LAYERS = [
     {"sophia.attach"},
     {"sophia.replay"},
     {"sophia.refresh"},
-    {"sophia.diagnostics", "sophia.groups", "sophia.state"},
+    {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.state"},
     {"sophia.optimizer"},
     {"sophia"},
     {"sophia.integrations"},

@@ -52,7 +52,7 @@ class Team:
             theirs.close()
 
     def answers(self, function, *, seconds: float = CASE_SECONDS, **arguments) -> list[tuple[str, object]]:
-        """By rank: ``("ok", value)``, ``("raised", text)``, ``("ended", exit code)`` or ``("silent", None)``."""
+        """By rank: ``("ok", value)``, ``("raised", text)``, ``("ended", code)`` or ``("silent", None)``."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         found: dict[int, tuple[str, object]] = {}

@@ -222,7 +222,9 @@ def by_hand(layout, sync):
     x, y, _ = share()
     model = layouts.sharded() if layout == "shards" else DistributedDataParallel(GPT(), **layout)
     opt = sophia(model, mode="manual")
-    model(x, y)[1].backward()
+    for _ in range(3):  # DDP lays out its buckets anew in the second iteration; from then on they stay
+        opt.zero_grad(set_to_none=False)
+        model(x, y)[1].backward()
     before = bits(p.grad for p in model.parameters())
     with opt.hessian_pass() as hp:
         with layouts.without_sync(model) if not sync else layouts.nullcontext():
@@ -231,6 +233,31 @@ def by_hand(layout, sync):
     untouched = same_bits(before, bits(p.grad for p in model.parameters()))
     error, _ = compare(model, opt)
     return error, opt.stats()["B"], untouched
+
+
+def by_hand_while_accumulating():
+    x, y, _ = share()
+    model = layouts.sharded()
+    opt = sophia(model, mode="manual")
+    model.set_requires_gradient_sync(False)  # as a loop does before its next micro-batches
+    with opt.hessian_pass() as hp:
+        hp.sampled_loss(model(x)[0], y >= 0).backward()
+    with layouts.without_sync(model):
+        (model(x[:4], y[:4])[1] / 2).backward()
+    (model(x[4:], y[4:])[1] / 2).backward()
+    after = bits(p.grad for p in model.parameters())
+    opt.zero_grad()
+    with layouts.without_sync(model):
+        (model(x[:4], y[:4])[1] / 2).backward()
+    (model(x[4:], y[4:])[1] / 2).backward()
+    return compare(model, opt)[0], same_bits(after, bits(p.grad for p in model.parameters()))
+
+
+def test_pass_by_hand_before_accumulation():
+    """Gradients of the pass that wait unreduced, are missing in h and turn up in the training gradients."""
+    for error, clean in teams.run(2, by_hand_while_accumulating):
+        assert error < 1e-5
+        assert clean
 
 
 @pytest.mark.parametrize("sync", [True, False], ids=["synchronised", "accumulated"])
