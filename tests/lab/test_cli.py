@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from sophia.lab import cli, plan, protocol_files
+from sophia.lab import audit, cli, plan, protocol_files
 
 
 def sophia(*arguments, **options):
@@ -138,13 +139,14 @@ def test_bad_values_are_named_and_leave_nothing(arguments, message, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_the_audit_prints_its_table_and_speaks_through_its_exit_code(tmp_path, capsys):
+def test_the_audit_prints_its_table_and_speaks_through_its_exit_code(tmp_path, capsys, monkeypatch):
     """Else a script could not tell a Sophia from something else, nor a reader why."""
     path = tmp_path / "audit.json"
     cli.main(["audit", "sophia:Sophia", "--json", str(path)])  # 0 is no exit at all
     out = " ".join(capsys.readouterr().out.split())
     assert "sophia:Sophia: Sophia in 4 of 4 right ways" in out
     assert {row["verdict"] for row in json.loads(path.read_text())["findings"]} == {"Sophia"}
+    monkeypatch.setattr(audit, "audit", functools.partial(audit.audit, refreshes=50))  # enough to see that
     assert code(["audit", "torch.optim:AdamW"]) == 1
     assert "not Sophia in 4 of 4" in " ".join(capsys.readouterr().out.split())
     assert code(["audit", "nonsense"]) == 2

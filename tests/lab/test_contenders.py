@@ -3,13 +3,14 @@ import io
 import pytest
 import torch
 
+from sophia import Sophia
 from sophia.lab import contenders
 from sophia.lab.config import Model
 from sophia.lab.contender import state_bytes
 from sophia.lab.contenders import CONTENDERS, find
 from sophia.lab.errors import LabError, UsageError
 from sophia.lab.models import gpt2, parameter_count
-from sophia.lab.rivals import Lion, Signum
+from sophia.lab.rivals import Lion, RootOfCurvature, Signum
 from sophia.lab.space import WARMUP, Choice, LogRange
 
 SMALL = Model(layers=1, width=16, heads=2, context=8)
@@ -134,6 +135,20 @@ def test_lion_and_signum_take_the_steps_of_their_papers():
         q.grad = torch.tensor([gradient])
         signum.step()
         torch.testing.assert_close(q.detach(), torch.tensor([value]))
+
+
+def test_adahessian_divides_by_the_root_of_squared_curvature():
+    """Else the row would be another optimizer under that name."""
+    models = [gpt2(SMALL, seed=1) for _ in range(3)]
+    passes = {"fraction": 1.0, "seed": 3}
+    # With betas 0 a first step leaves the gradient in m and the estimate itself in h.
+    sophia = Sophia(models[0], lr=0.0, betas=(0.0, 0.0), estimator="hutchinson", **passes)
+    steps(models[0], sophia, 1)
+    rival = RootOfCurvature(models[1], lr=0.1, betas=(0.9, 0.5), eps=1e-6, weight_decay=0.0, **passes)
+    steps(models[1], rival, 1)
+    for p, q, start in zip(*(m.parameters() for m in models), strict=True):
+        g, h = (sophia.state[p][name] for name in ("exp_avg", "hessian"))
+        torch.testing.assert_close(q.detach(), start.detach() - 0.1 * g / (h.abs() + 1e-6))
 
 
 def test_a_pair_obeys_one_learning_rate_schedule():

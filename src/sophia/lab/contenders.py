@@ -9,16 +9,10 @@ function of the settings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
-
-from sophia.lab import config, third_party
-from sophia.lab.contender import Contender, Settings, decayed_and_not
-from sophia.lab.errors import LabError, UsageError
-from sophia.lab.rivals import Lion, Pair, RootOfCurvature, Signum
+from sophia.lab import builders, config, third_party
+from sophia.lab.contender import Contender, Settings
+from sophia.lab.errors import UsageError
 from sophia.lab.space import WARMUP, Choice, LogRange, Space
 
 __all__ = ["CONTENDERS", "find", "of"]
@@ -54,95 +48,6 @@ def of(optimizer: config.Optimizer) -> Contender:
     return third_party.contender(
         optimizer.contender, str(path), code=str(optimizer.settings[third_party.CODE])
     )
-
-
-def _adamw(model: nn.Module, s: Settings, seed: int, **only: Any) -> Optimizer:
-    betas = (float(s["beta1"]), float(s["beta2"]))
-
-    return torch.optim.AdamW(
-        decayed_and_not(model, s, **only), lr=float(s["lr"]), betas=betas, eps=float(s["eps"]), fused=True
-    )
-
-
-def _sophia(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    from sophia import Sophia
-
-    return Sophia(  # given the model, it decays matrices alone and renews its curvature by itself
-        model,
-        lr=float(s["lr"]),
-        betas=(float(s["beta1"]), float(s["beta2"])),
-        gamma=float(s["gamma"]),
-        eps=float(s["eps"]),
-        weight_decay=float(s["weight_decay"]),
-        update_every=int(s["update_every"]),
-        fraction=float(s["fraction"]),
-        estimator=str(s["estimator"]),
-        seed=seed,
-    )
-
-
-def _adahessian(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return RootOfCurvature(
-        model,
-        lr=float(s["lr"]),
-        betas=(float(s["beta1"]), float(s["beta2"])),
-        eps=float(s["eps"]),
-        weight_decay=float(s["weight_decay"]),
-        update_every=int(s["update_every"]),
-        fraction=float(s["fraction"]),
-        seed=seed,
-    )
-
-
-def _nadamw(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return torch.optim.NAdam(
-        decayed_and_not(model, s),
-        lr=float(s["lr"]),
-        betas=(float(s["beta1"]), float(s["beta2"])),
-        eps=float(s["eps"]),
-        momentum_decay=float(s["momentum_decay"]),
-        decoupled_weight_decay=True,
-    )
-
-
-def _adafactor(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return torch.optim.Adafactor(
-        decayed_and_not(model, s), lr=float(s["lr"]), beta2_decay=float(s["beta2_decay"]), d=float(s["d"])
-    )
-
-
-def _sgd(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return torch.optim.SGD(decayed_and_not(model, s), lr=float(s["lr"]), momentum=float(s["momentum"]))
-
-
-def _lion(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return Lion(decayed_and_not(model, s), lr=float(s["lr"]), betas=(float(s["beta1"]), float(s["beta2"])))
-
-
-def _signum(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    return Signum(decayed_and_not(model, s), lr=float(s["lr"]), beta=float(s["beta"]))
-
-
-def _muon(model: nn.Module, s: Settings, seed: int) -> Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise LabError(
-            f"torch {torch.__version__} has no Muon, so this contender cannot run. Install torch 2.9 or "
-            f"later."
-        )
-    shapes = {name: p.ndim for name, p in model.named_parameters()}
-
-    def hidden(name: str) -> bool:  # matrices of the blocks; embeddings, head, norms and biases go to AdamW
-        return shapes[name] == 2 and ".h." in name
-
-    matrices = [p for name, p in model.named_parameters() if hidden(name)]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=float(s["lr"]),
-        momentum=float(s["momentum"]),
-        weight_decay=float(s["weight_decay"]),
-        adjust_lr_fn="match_rms_adamw",  # learning rates in the units of AdamW
-    )
-    return Pair(muon, _adamw(model, {**s, "lr": s["adamw_lr"]}, seed, only=lambda name: not hidden(name)))
 
 
 def _sampled_cost(s: Settings) -> float:
@@ -199,7 +104,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="adamw",
             title="AdamW (torch, fused)",
-            build=_adamw,
+            build=builders.adamw,
             defaults={"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
             space=_ADAM_SPACE,
             state_per_parameter=8,
@@ -207,7 +112,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="sophia-g",
             title="Sophia, Gauss-Newton-Bartlett (arXiv 2305.14342)",
-            build=_sophia,
+            build=builders.sophia,
             defaults={**_SOPHIA, "estimator": "gnb"},
             space=_SOPHIA_SPACE,
             state_per_parameter=8,
@@ -216,7 +121,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="sophia-h",
             title="Sophia, Hutchinson (arXiv 2305.14342)",
-            build=_sophia,
+            build=builders.sophia,
             defaults={**_SOPHIA, "gamma": 0.01, "estimator": "hutchinson"},
             space=_SOPHIA_SPACE,
             state_per_parameter=8,
@@ -225,7 +130,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="sophia-ef",
             title="Sophia with the empirical Fisher: the training labels in place of sampled ones",
-            build=_sophia,
+            build=builders.sophia,
             defaults={**_SOPHIA, "estimator": "empirical_fisher"},
             space=_SOPHIA_SPACE,
             state_per_parameter=8,
@@ -234,7 +139,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="adahessian",
             title="AdaHessian's step (arXiv 2006.00719): the root of averaged squares, no clip",
-            build=_adahessian,
+            build=builders.adahessian,
             defaults={
                 "lr": 1e-3,
                 "beta1": 0.9,
@@ -251,7 +156,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="nadamw",
             title="NAdam with decoupled decay (torch)",
-            build=_nadamw,
+            build=builders.nadamw,
             defaults={
                 "lr": 1e-3,
                 "beta1": 0.9,
@@ -266,7 +171,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="adafactor",
             title="Adafactor (torch; arXiv 1804.04235): its lr is relative to the size of each tensor",
-            build=_adafactor,
+            build=builders.adafactor,
             defaults={"lr": 1e-2, "beta2_decay": -0.8, "d": 1.0, "weight_decay": 0.1},
             space={
                 "lr": LogRange(3e-3, 3e-1),
@@ -279,7 +184,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="sgd",
             title="gradient descent with momentum (torch); its decay is part of the gradient",
-            build=_sgd,
+            build=builders.sgd,
             defaults={"lr": 0.3, "momentum": 0.9, "weight_decay": 1e-4},
             space={
                 "lr": LogRange(0.01, 3.0),
@@ -292,7 +197,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="lion",
             title="Lion (arXiv 2302.06675)",
-            build=_lion,
+            build=builders.lion,
             defaults={"lr": 3e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.3},
             space={
                 "lr": LogRange(5e-5, 5e-3),
@@ -306,7 +211,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="signum",
             title="sign momentum (arXiv 1802.04434)",
-            build=_signum,
+            build=builders.signum,
             defaults={"lr": 3e-4, "beta": 0.9, "weight_decay": 0.3},
             space={
                 "lr": LogRange(5e-5, 5e-3),
@@ -319,7 +224,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             name="muon",
             title="Muon (torch) for hidden matrices, AdamW for the rest",
-            build=_muon,
+            build=builders.muon,
             defaults={
                 "lr": 2e-3,
                 "momentum": 0.95,

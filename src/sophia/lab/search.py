@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import qmc
 
 from sophia.lab.config import Run, Setting
-from sophia.lab.protocol import Search
 from sophia.lab.record import Record
+from sophia.lab.sections import Search
 from sophia.lab.space import Choice, LogRange, Space
 from sophia.lab.workers import Events, execute
 

@@ -98,7 +98,11 @@ def sweep(
             raise LabError(f"{error}\nTo try those again: {command} --resume") from None
         _record(folder, protocol, trials)
     console.print(_table(spaces, trials))
-    console.print(f"To compare with these settings: sophia compare --protocol {folder / 'tuned.toml'}")
+    console.print(
+        f"To compare with these settings: sophia compare --protocol {folder / 'tuned.toml'}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return folder
 
 

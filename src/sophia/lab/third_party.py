@@ -29,7 +29,7 @@ from sophia.lab.config import Setting
 from sophia.lab.contender import Contender, Settings, decayed_and_not
 from sophia.lab.errors import LabError, UsageError
 from sophia.lab.loading import load_class
-from sophia.lab.space import LogRange, Space, read_kind
+from sophia.lab.space import WARMUP, LogRange, Space, read_kind
 
 __all__ = ["CLASS", "CODE", "GROUP", "contender", "offered"]
 
@@ -137,6 +137,11 @@ def _space(make: Callable[..., Any], path: str, defaults: Settings) -> Space:
     if declared is None:
         lr = float(defaults["lr"])
         return {"lr": LogRange(lr / 10, lr * 10)}
+    if unknown := [name for name in declared if name not in defaults and name != WARMUP]:
+        raise UsageError(
+            f"{path}.sophia_space has {unknown[0]!r}, which is no setting of the class. Its settings are "
+            f"{', '.join(defaults)}, and warmup."
+        )
     return {name: read_kind(kind, f"{path}.sophia_space[{name!r}]") for name, kind in declared.items()}
 
 

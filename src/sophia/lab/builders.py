@@ -1,0 +1,111 @@
+"""How each row of the table of contenders is built from a model, its settings and a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sophia import Sophia
+from sophia.lab.contender import Settings, decayed_and_not
+from sophia.lab.errors import LabError
+from sophia.lab.rivals import Lion, Pair, RootOfCurvature, Signum
+
+__all__ = ["adafactor", "adahessian", "adamw", "lion", "muon", "nadamw", "sgd", "signum", "sophia"]
+
+
+def adamw(model: nn.Module, s: Settings, seed: int, **only: Any) -> Optimizer:
+    """AdamW, fused, of all parameters or of those whose name ``only`` takes."""
+    betas = (float(s["beta1"]), float(s["beta2"]))
+    return torch.optim.AdamW(
+        decayed_and_not(model, s, **only), lr=float(s["lr"]), betas=betas, eps=float(s["eps"]), fused=True
+    )
+
+
+def sophia(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Sophia with the estimator that the settings name."""
+    return Sophia(  # given the model, it decays matrices alone and renews its curvature by itself
+        model,
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        gamma=float(s["gamma"]),
+        eps=float(s["eps"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        estimator=str(s["estimator"]),
+        seed=seed,
+    )
+
+
+def adahessian(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """AdaHessian's step."""
+    return RootOfCurvature(
+        model,
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        eps=float(s["eps"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        seed=seed,
+    )
+
+
+def nadamw(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """NAdam with decoupled decay."""
+    return torch.optim.NAdam(
+        decayed_and_not(model, s),
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        eps=float(s["eps"]),
+        momentum_decay=float(s["momentum_decay"]),
+        decoupled_weight_decay=True,
+    )
+
+
+def adafactor(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Adafactor."""
+    return torch.optim.Adafactor(
+        decayed_and_not(model, s), lr=float(s["lr"]), beta2_decay=float(s["beta2_decay"]), d=float(s["d"])
+    )
+
+
+def sgd(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Gradient descent with momentum; torch adds its decay to the gradient."""
+    return torch.optim.SGD(decayed_and_not(model, s), lr=float(s["lr"]), momentum=float(s["momentum"]))
+
+
+def lion(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Lion."""
+    return Lion(decayed_and_not(model, s), lr=float(s["lr"]), betas=(float(s["beta1"]), float(s["beta2"])))
+
+
+def signum(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Sign momentum."""
+    return Signum(decayed_and_not(model, s), lr=float(s["lr"]), beta=float(s["beta"]))
+
+
+def muon(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head and vectors."""
+    if not hasattr(torch.optim, "Muon"):
+        raise LabError(
+            f"torch {torch.__version__} has no Muon, so this contender cannot run. Install torch 2.9 or "
+            f"later."
+        )
+    shapes = {name: p.ndim for name, p in model.named_parameters()}
+
+    def hidden(name: str) -> bool:  # matrices of the blocks; embeddings, head, norms and biases go to AdamW
+        return shapes[name] == 2 and ".h." in name
+
+    matrices = [p for name, p in model.named_parameters() if hidden(name)]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=float(s["lr"]),
+        momentum=float(s["momentum"]),
+        weight_decay=float(s["weight_decay"]),
+        adjust_lr_fn="match_rms_adamw",  # learning rates in the units of AdamW
+    )
+    return Pair(muon, adamw(model, {**s, "lr": s["adamw_lr"]}, seed, only=lambda name: not hidden(name)))
