@@ -119,7 +119,7 @@ def whole_of_flat(model):
         full = torch.zeros(shape).flatten()
         if info.in_shard:
             full[info.intra_param_start_idx : info.intra_param_end_idx + 1] = part.flatten()
-        dist.all_reduce(full)
+        dist.all_reduce(full, group=model.process_group)  # not over the replicas, which hold the same
         return full.view(shape)
 
     return whole

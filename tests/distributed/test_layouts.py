@@ -6,10 +6,15 @@ import layouts
 import pytest
 import teams
 import torch
+import torch.distributed as dist
 from layouts import report, sophia
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, ShardingStrategy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tiny import GPT, LabelsFromLogits
+from sophia import Sophia
+from tiny import GPT, LabelsFromLogits, data
 
 DDP = {
     "default": {},
@@ -119,14 +124,118 @@ def test_gradient_divide_factor_is_read(size, kind):
     check(teams.run(size, over_shards, kind=kind, settings={}, prepare=sum_instead_of_mean))
 
 
-def over_flat(settings):
+def over_flat(strategy, accumulate):
+    settings = {"use_orig_params": True, "sharding_strategy": ShardingStrategy[strategy]}
+    if strategy == "HYBRID_SHARD":
+        settings["device_mesh"] = init_device_mesh("cpu", (2, 2))
     model = layouts.flat(**settings)
-    return report(model, sophia(model), whole=layouts.whole_of_flat(model))
+    return report(model, sophia(model), accumulate=accumulate, whole=layouts.whole_of_flat(model))
 
 
-def test_fsdp1_coordinate_by_coordinate():
+@pytest.mark.parametrize("accumulate", [False, True], ids=["at once", "accumulated"])
+@pytest.mark.parametrize(
+    ("size", "strategy"), [(2, "FULL_SHARD"), (2, "SHARD_GRAD_OP"), (4, "HYBRID_SHARD")], ids=lambda v: str(v)
+)
+def test_fsdp1_coordinate_by_coordinate(size, strategy, accumulate):
     """Flattened shards: the right sum in the wrong places, or a mean."""
-    check(teams.run(2, over_flat, settings={"use_orig_params": True}))
+    check(teams.run(size, over_flat, strategy=strategy, accumulate=accumulate))
+
+
+def over_other(kind):
+    model = GPT()
+    if kind == "replicate of DDP":
+        replicate(model)
+    elif kind == "replicate of FSDP2":
+        from torch.distributed._composable.replicate_with_fsdp import replicate as replicate_shards
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("replicas",))
+        for part in (*model.blocks, model):
+            replicate_shards(part, mesh=mesh)
+    elif kind == "offloaded":
+        for part in (*model.blocks, model):
+            fully_shard(part, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    elif kind == "compiled DDP":
+        model = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    elif kind == "compiled blocks, sharded":
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        layouts.wrap(model, "sharded")
+    return report(model, sophia(model))
+
+
+OTHERS = [
+    "replicate of DDP",
+    "replicate of FSDP2",
+    "offloaded",
+    "compiled DDP",
+    "compiled blocks, sharded",
+]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_wrappers(kind):
+    """A wrapper that is not recognised, and its mean taken for a sum."""
+    if kind == "replicate of FSDP2":
+        pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+    check(teams.run(2, over_other, kind=kind))
+
+
+class Narrow(torch.nn.Module):
+    """Fewer rows than ranks in some parameters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = torch.nn.Embedding(8, 3), torch.nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+def empty_shards():
+    x = torch.arange(8)
+
+    def trained(model, x, **settings):
+        opt = sophia(model, lr=1e-2, **settings)
+        for _ in range(3):
+            opt.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), x % 5).backward()
+            opt.step()
+        return [layouts.plain(p).detach() for p in model.parameters()]
+
+    rank = dist.get_rank()
+    model = fully_shard(Narrow())
+    together = trained(model, x[2 * rank : 2 * rank + 2])
+    alone = trained(Narrow(), x, process_group=False)
+    smallest = min(p.to_local().numel() for p in model.parameters())
+    return max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)), smallest
+
+
+def test_ranks_with_empty_shards():
+    """A kernel or a check that expects something to be there."""
+    results = teams.run(4, empty_shards)
+    assert min(smallest for _, smallest in results) == 0
+    assert all(difference < 1e-6 for difference, _ in results)
+
+
+def half_of_the_rows():
+    model = DistributedDataParallel(GPT())
+    opt = Sophia(model, update_every=1)
+    x, y = data(16, padded=True)
+    rows = slice(0, 6) if dist.get_rank() == 0 else slice(6, 16)
+    counts = []
+    for _ in range(2):
+        opt.zero_grad()
+        model(x[rows], y[rows])[1].backward()
+        opt.step()
+        counts.append(opt.stats()["B"])
+    expected = float((y[:3] >= 0).sum() + (y[6:11] >= 0).sum())
+    return counts == [expected] * 2, layouts.equal_on_all_ranks(model.parameters())
+
+
+def test_a_fraction_of_unequal_batches():
+    """Each rank takes half of its own rows; B is what all took together."""
+    assert teams.run(2, half_of_the_rows) == [(True, True)] * 2
 
 
 def decays_of_flat():

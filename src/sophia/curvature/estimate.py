@@ -75,7 +75,10 @@ class PassContext:
     count: float
     """B over all micro-batches and ranks, known before the pass; 0 in a pass by hand."""
     shared_generator: Callable[[str], torch.Generator]
-    """Noise that must be equal on all ranks, e.g. Hutchinson's probe, by purpose."""
+    """Noise that must be equal on all ranks, e.g. Hutchinson's probe, by purpose. On sharded parameters every
+    shard
+    would draw the same numbers: draw for the whole parameter and take the part.
+    """
     rank: int = 0
     """Number of this process, for noise that must differ between the ranks."""
     sum_over_ranks: Callable[[Diagonals], Diagonals] = lambda tensors: tensors
