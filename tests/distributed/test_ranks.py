@@ -104,6 +104,22 @@ def test_tensor_parallel_ranks_see_one_batch():
         assert equal
 
 
+def over_tensors_and_replicas():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = tensor_parallel(mesh["tensor"])
+    opt = sophia(model, process_group=mesh["data"])
+    x, y = data(layouts.ROWS, padded=True)
+    place = slice(0, 8) if dist.get_rank() < 2 else slice(8, 16)
+    return first_step(model, opt, x[place], y[place])
+
+
+def test_tensor_parallel_replicas():
+    """Shards of tensors summed over the tensor-parallel ranks, or not summed over the others."""
+    for error, count in teams.run(4, over_tensors_and_replicas):
+        assert error < 1e-5
+        assert count == 191
+
+
 def over_tensors_and_shards():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = tensor_parallel(mesh["tensor"])
