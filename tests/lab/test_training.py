@@ -17,7 +17,8 @@ from sophia.lab.strict import to_json
 from sophia.lab.training import train
 
 # B is the count of the last refresh of this process; after a resume it is known again with the next one.
-TIMES = {"seconds", "cpu_seconds", "B"}
+# The environment names the commit, and a checkout may move on while a test runs.
+TIMES = {"seconds", "cpu_seconds", "B", "environment"}
 
 
 def timeless(row):
