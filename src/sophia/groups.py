@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sophia.guards import check_number
 from sophia.kernels import fused_cpu
-from sophia.sharding import full_ndims
+from sophia.wrappers import full_ndims
 
 __all__ = ["check_group", "decayed_and_not", "translated_from_adamw"]
 

@@ -62,7 +62,8 @@ class Sophia(torch.optim.Optimizer):
         mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the predictions that count, where the
             gradient does not tell.
         copy_inputs: keep copies of the model's inputs on due steps, for loops that overwrite them.
-        process_group: ranks that train the same parameters; None for the default group, False for none.
+        process_group: ranks that train the same parameters on other data, or a device mesh of them; None for
+            the wrapper's or else the default group, False for this process alone.
         state_dtype: of m and h; float64 parameters have float64 state.
         maximize: as in ``torch.optim.AdamW``.
         foreach: as there; None chooses.

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from sophia.attach import Recorder
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
-from sophia.distributed import Ranks, ranks_of
+from sophia.distributed import ranks_of
 from sophia.guards import SophiaWarning
 from sophia.noise import generator, seed_for
+from sophia.ranks import Ranks
 from sophia.replay import Replay, RowsCannotBeTaken, choose
 from sophia.sandbox import sandbox
-from sophia.sharding import is_dtensor, local, reducing
+from sophia.sharding import is_dtensor, local
+from sophia.wrappers import reducing
 
 __all__ = ["Refresher", "is_due", "staleness"]
 
