@@ -2,6 +2,8 @@
 statistics.
 """
 
+import gc
+
 import layouts
 import pytest
 import teams
@@ -346,3 +348,25 @@ def test_step_runs_on_local_shards():
     for operations, on_dtensors, _ in teams.run(2, local_kernel):
         assert operations > 0
         assert on_dtensors == 0
+
+
+def objects_left():
+    x, y, _ = share()
+    model = layouts.sharded()
+    opt = sophia(model)
+
+    def train(steps):
+        for _ in range(steps):
+            opt.zero_grad()
+            model(x, y)[1].backward()
+            opt.step()
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = train(6)
+    return train(30) - before
+
+
+def test_nothing_is_left_behind_by_a_step():
+    """Caches that grow with every operation on a DTensor: thousands of objects a step."""
+    assert all(left < 30 for left in teams.run(2, objects_left))
