@@ -24,6 +24,8 @@ from torch import Tensor
 
 __all__ = ["applies", "step"]
 
+_KINDS = (torch.nn.Parameter, Tensor)  # a subclass may mean something else by its memory
+_DTYPES = (torch.float32, torch.float64)
 _BLOCK = 2**16  # elements: five float32 operands of a block fit in a megabyte of cache
 
 
@@ -31,16 +33,17 @@ def applies(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bo
     """Whether these four can be walked through as flat memory: one dtype, one device, and equal dense
     strides.
     """
-    others = (grad, exp_avg, hessian)
-    return (
-        all(type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided for t in (param, *others))
-        and all(
-            t.dtype == param.dtype and t.device == param.device and t.stride() == param.stride()
-            for t in others
-        )
-        and param.dtype in (torch.float32, torch.float64)
-        and _dense(param)
-    )
+    # Asked for every parameter at every step, so the usual case, all contiguous, comes first and cheap.
+    dtype, device = param.dtype, param.device
+    for tensor in (grad, exp_avg, hessian):
+        if tensor.dtype != dtype or tensor.device != device or type(tensor) is not Tensor:
+            return False
+    if type(param) not in _KINDS or dtype not in _DTYPES or param.layout != torch.strided:
+        return False
+    if param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and hessian.is_contiguous():
+        return True
+    stride = param.stride()
+    return stride == grad.stride() == exp_avg.stride() == hessian.stride() and _dense(param)
 
 
 def step(
