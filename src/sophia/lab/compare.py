@@ -23,7 +23,7 @@ from sophia.lab.workers import cores, execute
 if TYPE_CHECKING:
     from sophia.lab.statistics import Row, Summary
 
-__all__ = ["compare"]
+__all__ = ["compare", "show"]
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
     with locked(folder, what="comparison"):
         freezing.write(folder, frozen)
         _run(folder, planned, workers=min(at_once, len(planned.runs)), command=command, console=console)
-        _report(folder, protocol.target, console)
+        show(folder, protocol.target, console)
     return folder
 
 
@@ -93,7 +93,8 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
         raise LabError(f"{error}\nTo try those again: {command} --resume") from None
 
 
-def _report(folder: Path, target: float | None, console: Console) -> None:
+def show(folder: Path, target: float | None, console: Console) -> None:
+    """Print the table and the verdicts of a comparison's records, and write its report and pictures."""
     from sophia.lab.report import write_report
     from sophia.lab.statistics import summarise
 
