@@ -279,8 +279,9 @@ def _curvature(problem: _Problem, opt: Any, case: _Case) -> Tensor | None:
         group["update_every"] = 2**30  # the probe must not refresh
     weight.grad = torch.full_like(weight, gradient)
     if case.loop is _create_graph:
-        (weight.sum() * gradient).backward(create_graph=True)
-        weight.grad = torch.full_like(weight, gradient, requires_grad=False)
+        # The same gradient, at weight zero, with a graph to differentiate and next to no curvature.
+        weight.grad = None
+        (gradient * weight.sum() + 1e-30 * weight.square().sum()).backward(create_graph=True)
     parameters = inspect.signature(opt.step).parameters
     opt.step(bs=case.predictions) if "bs" in parameters and case.predictions else opt.step()
     moved = weight.detach().abs()
