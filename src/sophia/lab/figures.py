@@ -153,6 +153,7 @@ def _end_losses(axes: Any, summary: Summary) -> None:
     evidence, colour = summary.evidence, colours(summary.evidence)
     budgets = sorted({r.steps for r in evidence.runs})
     labels: list[tuple[float, str, str]] = []
+    speedups = _speedups_for_labels(summary)
     for contender in evidence.contenders:
         rows = [r for r in summary.rows if r.contender == contender and r.loss is not None]
         for run in evidence.runs:
@@ -165,7 +166,9 @@ def _end_losses(axes: Any, summary: Summary) -> None:
             axes.plot(steps, losses, "o", ms=8, mfc="white", mew=1.6, color=colour[contender], zorder=3)
             if not smooth:
                 axes.plot(steps, losses, "-", lw=1.4, color=colour[contender])
-            labels.append((float(losses[-1] or 0.0), contender, colour[contender]))
+            labels.append(
+                (float(losses[-1] or 0.0), contender + speedups.get(contender, ""), colour[contender])
+            )
     if summary.curve is not None:
         dense = np.geomspace(budgets[0], budgets[-1], 60)
         axes.plot(dense, [summary.curve.loss(float(d)) for d in dense], "-", lw=1.4, color=BASELINE)
@@ -177,11 +180,27 @@ def _end_losses(axes: Any, summary: Summary) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(budgets[0] / 1.12, budgets[-1] * 1.06)
         place_labels(axes, budgets[-1] * 1.06, labels)
-    _arrows(axes, summary, colour)
-    axes.set_xlabel("budget in steps")
+    if not speedups:
+        _arrows(axes, summary, colour)
+    starred = any(text.endswith("*") for text in speedups.values())
+    axes.set_xlabel("budget in steps" + ("  (* extrapolated)" if starred else ""))
     axes.set_title(
         "End loss of fully decayed runs, with the speed-up", loc="left", fontsize=11, color="#333333"
     )
+
+
+def _speedups_for_labels(summary: Summary) -> dict[str, str]:
+    """Text behind a contender's name. With many contenders arrows would lie on each other; a star marks what
+    lies beyond the baseline's runs.
+    """
+    if len(summary.verdicts) <= 2:
+        return {}
+    return {
+        v.contender: f" {bound_words(ratio.value, ratio, unit='x')}{'*' if ratio.extrapolated else ''}"
+        for v in summary.verdicts
+        if v.speedups
+        for ratio in [v.speedups[0].ratio]
+    }
 
 
 def _arrows(axes: Any, summary: Summary, colour: dict[str, str]) -> None:
