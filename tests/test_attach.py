@@ -294,6 +294,17 @@ def test_fraction_takes_micro_batches_first_and_rows_of_a_single_one(sizes, frac
     assert opt.stats()["B"] == predictions
 
 
+def test_an_unused_forward_does_not_make_the_pass_whole():
+    """A forward that never entered the loss would turn the share of the rows into the whole batch."""
+    model, (x, y) = GPT(), data()
+    opt = sophia(model, fraction=0.5)
+    loss = model(x, y)[1]
+    model(x, y)
+    loss.backward()
+    opt.step()
+    assert opt.stats()["B"] == y.numel() / 2
+
+
 def test_half_of_the_rows_is_the_curvature_of_that_half():
     """Slicing must cut inputs, labels and mask alike."""
     model, (x, y) = GPT(), data(padded=True)

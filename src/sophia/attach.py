@@ -61,8 +61,6 @@ class Recording:
     prediction_shape: torch.Size
     mask: Tensor | None = None
     """Which predictions count; None until something says so."""
-    mask_source: str = "all"
-    """"mask_fn", "gradient", or "all" as long as nothing is known."""
     reached: bool = False
     """Whether a backward has come through the outputs of this forward."""
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -146,7 +144,7 @@ class Recorder:
         )
         recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         if self.mask_fn is not None:
-            recording.mask, recording.mask_source = self.mask_fn(args, kwargs, output), "mask_fn"
+            recording.mask = self.mask_fn(args, kwargs, output)
         elif logits.requires_grad:
             logits.register_hook(_Listener(recording, self))  # type: ignore[no-untyped-call]
         for tensor in tensors_in(
@@ -220,7 +218,7 @@ def _keep_out_of_graphs() -> None:
 
     Done when the first model is attached, because ``torch.compiler.disable`` imports the compiler.
     """
-    if not getattr(_Hook, "untraced", False):
+    if not _Hook.untraced:
         _Hook.__call__ = torch.compiler.disable(_Hook.__call__)  # type: ignore[method-assign, no-untyped-call]
         _Hook.untraced = True
 
@@ -240,7 +238,6 @@ class _Listener:
         recorder.check_fit(gradient)
         counted = recorder.likelihood.counted(gradient)
         recording.mask = counted if recording.mask is None else recording.mask | counted
-        recording.mask_source = "gradient"
 
 
 class _Arrival:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["find_logits", "find_loss", "labels_mask", "mean_loss", "tensors_in"]
+__all__ = [
+    "find_logits",
+    "find_loss",
+    "labels_mask",
+    "mean_loss",
+    "shift_by_loss",
+    "shift_by_name",
+    "tensors_in",
+]
 
 
 def find_logits(output: Any) -> Tensor | None:

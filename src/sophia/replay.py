@@ -94,9 +94,8 @@ def choose(
         rows_work: whether a part of the rows may be taken at all.
     """
     recordings = recorder.recordings
-    if any(
-        recording.reached for recording in recordings
-    ):  # the others never entered the loss (a validation without eval())
+    # Where a backward came through some, the others never entered the loss (a validation without eval()).
+    if any(recording.reached for recording in recordings):
         recordings = [recording for recording in recordings if recording.reached]
     if any(recording.overwritten() for recording in recordings):
         raise RuntimeError(
@@ -104,9 +103,10 @@ def choose(
             "repeated on what it saw; "
             "pass copy_inputs=True"
         )
+    single = len(recordings) == 1
     recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
     rows: int | None = None
-    if fraction < 1 and len(recorder.recordings) == 1 and rows_work and recordings[0].prediction_shape:
+    if fraction < 1 and single and rows_work and recordings[0].prediction_shape:
         batch = recordings[0].logits_shape[0]
         rows = max(1, int(fraction * batch)) if batch > 1 else None
     return [_replay(recorder, recording, rows, (*key, micro)) for micro, recording in enumerate(recordings)]
@@ -135,7 +135,6 @@ def _mask(recorder: Recorder, recording: Recording) -> Tensor:
         return recording.mask
     mask = _mask_from_labels(recorder, recording)
     if mask is not None:
-        recording.mask_source = "labels"
         return mask
     warnings.warn(
         "no gradient reached the logits and no labels were found among the inputs: counting every position. "

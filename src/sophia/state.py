@@ -19,8 +19,9 @@ _FOREIGN = (
 
 
 def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """M and h of a parameter, zero, in its memory layout (a DTensor's shards too); float64 parameters have
-    float64 state.
+    """The buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too).
+
+    Float64 parameters have float64 state.
     """
     wide = torch.promote_types(dtype, parameter.dtype)
     return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}

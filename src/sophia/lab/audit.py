@@ -267,7 +267,7 @@ def _build(make: Callable[..., Any], problem: _Problem) -> Any:
 
 
 def _curvature(problem: _Problem, opt: Any, case: _Case) -> Tensor | None:
-    """H as the step uses it, or None if every coordinate moves by the full learning rate."""
+    """The h that the step uses, or None if every coordinate moves by the full learning rate."""
     weight = problem.linear.weight
     weight.data.zero_()  # so that the smallest move is seen in full precision
     group = opt.param_groups[0]
