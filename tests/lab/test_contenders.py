@@ -5,12 +5,13 @@ import torch
 
 from sophia import Sophia
 from sophia.lab import contenders
+from sophia.lab.borrowed import RootOfCurvature
 from sophia.lab.config import Model
 from sophia.lab.contender import state_bytes
 from sophia.lab.contenders import CONTENDERS, find
 from sophia.lab.errors import LabError, UsageError
 from sophia.lab.models import gpt2, parameter_count
-from sophia.lab.rivals import Lion, RootOfCurvature, Signum
+from sophia.lab.rivals import Lion, Signum
 from sophia.lab.space import WARMUP, Choice, LogRange
 
 SMALL = Model(layers=1, width=16, heads=2, context=8)
@@ -162,3 +163,62 @@ def test_a_pair_obeys_one_learning_rate_schedule():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     loss = pair.step(lambda: torch.tensor(1.5))
     assert float(loss) == 1.5
+
+
+@pytest.mark.parametrize("estimator", ["gnb", "hutchinson", "empirical_fisher"])
+def test_the_ablated_step_with_nothing_ablated_is_sophias(estimator):
+    """Else an ablation would measure its own machinery."""
+    models = [gpt2(SMALL, seed=1) for _ in range(2)]
+    own = {"lr": 1e-2, "gamma": 0.1, "eps": 1e-6}
+    settings = CONTENDERS["ablated"].settings({**own, "preconditioner": estimator, "update_every": 2})
+    name = {"gnb": "sophia-g", "hutchinson": "sophia-h", "empirical_fisher": "sophia-ef"}[estimator]
+    optimizers = [
+        CONTENDERS["ablated"].build(models[0], settings, 1),
+        CONTENDERS[name].build(models[1], CONTENDERS[name].settings({**own, "update_every": 2}), 1),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        steps(model, optimizer, 5)
+    for one, two in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-4)  # rounding grows: 3e-5 after five steps
+    assert optimizers[0].stats()["unclipped"] == pytest.approx(optimizers[1].stats()["unclipped"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "bound", "expected"),
+    [
+        ("none", "clip", lambda m, h: (m / 1e-3).clamp(-1, 1)),
+        ("none", "none", lambda m, h: m / 1e-3),
+        ("gnb", "none", lambda m, h: m / (1e-3 * h).clamp(min=1e-6)),
+        ("adahessian", "clip", lambda m, h: (m / (1e-3 * h.sqrt()).clamp(min=1e-6)).clamp(-1, 1)),
+        ("none", "normalise", None),
+    ],
+)
+def test_the_ablated_step_is_what_its_settings_say(preconditioner, bound, expected):
+    """Else a variant of the ablations would be another one."""
+    model = gpt2(SMALL, seed=1)
+    row = CONTENDERS["ablated"]
+    over = {"lr": 1e-3, "gamma": 1e-3, "eps": 1e-6, "weight_decay": 0.0}
+    optimizer = row.build(model, row.settings({**over, "preconditioner": preconditioner, "bound": bound}), 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    steps(model, optimizer, 1)
+    moved = [(b - p.detach()) / 1e-3 for b, p in zip(before, model.parameters(), strict=True)]
+    state = [optimizer.state[p] for p in model.parameters()]
+    if preconditioner == "none":
+        assert all((s["hessian"] == 1).all() for s in state)
+    if expected is None:
+        numbers = torch.cat([x.flatten() for x in moved])
+        assert float(numbers.square().mean().sqrt()) == pytest.approx(1, rel=1e-3)
+        ms = torch.cat([s["exp_avg"].flatten() for s in state])
+        assert torch.allclose(numbers / numbers.norm(), ms / ms.norm(), atol=1e-4)
+    else:
+        for step, s in zip(moved, state, strict=True):
+            want = expected(s["exp_avg"], s["hessian"])
+            assert torch.allclose(step, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()) + 1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"preconditioner": "newton"}, {"bound": "soft"}])
+def test_an_ablation_that_is_none_is_refused(wrong):
+    """Else a misspelt ablation would be Sophia itself."""
+    row = CONTENDERS["ablated"]
+    with pytest.raises(UsageError, match=f"{next(iter(wrong.values()))!r}, which is none"):
+        row.build(gpt2(SMALL, seed=1), row.settings(wrong), 1)

@@ -1,9 +1,12 @@
+import dataclasses
 import socket
 
+import pytest
 import torch
 
 from sophia.lab.config import Model
 from sophia.lab.models import gpt2, parameter_count
+from sophia.lab.strict import from_json, to_json
 
 SMALL = Model(layers=1, width=16, heads=2, context=8)
 
@@ -54,3 +57,19 @@ def test_tied_weights_count_once_and_there_is_no_dropout():
     assert parameter_count(model) < 4096 * 16 * 1.2
     x = torch.randint(4096, (1, 8))
     assert torch.equal(model(input_ids=x).logits, model(input_ids=x).logits)
+
+
+def test_attention_is_scaled_by_layer_only_if_asked():
+    """Else stability would be measured against itself, or old runs would lose their names."""
+    plain = Model(layers=3, width=16, heads=2, context=8)
+    scaled = dataclasses.replace(plain, scale_attention_by_layer=True)
+    ratios = [
+        b.attn.scaling / a.attn.scaling
+        for a, b in zip(gpt2(plain, seed=1).transformer.h, gpt2(scaled, seed=1).transformer.h, strict=True)
+    ]
+    assert ratios == pytest.approx([1, 1 / 2, 1 / 3])
+    x = torch.randint(4096, (2, 8))
+    ends = [gpt2(m, seed=1)(input_ids=x, labels=x).loss.item() for m in (plain, scaled)]
+    assert ends[0] != ends[1]
+    assert "scale_attention_by_layer" not in to_json(plain)
+    assert from_json(Model, to_json(scaled)) == scaled

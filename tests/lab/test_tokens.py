@@ -107,3 +107,14 @@ def test_own_text_is_encoded_with_the_shipped_vocabulary(text, ids):
     own = corpus.Corpus("own", "", ("the people",), ("of the states",))
     made = tokens.encode(own)
     assert made.train.tolist() == [0, *vocabulary.tokenizer().encode("the people").ids]
+
+
+def test_bytes_are_tokens_too():
+    """Else an experiment on bytes would read something else than its text, or count its bits wrongly."""
+    own = corpus.Corpus("own", "", ("aé", "b"), ("c" * 40,))
+    made = tokens.as_bytes(own)
+    assert made.train.tolist() == [0, *"aé".encode(), 0, *b"b"]
+    rows, size = made.held_out(sequences=2, context=8)
+    assert size == rows[:, 1:].numel() == 14
+    counts = np.bincount(made.train, minlength=256) + 1.0
+    assert made.unigram_entropy() == pytest.approx(-np.log((counts / counts.sum())[made.validation]).mean())

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import subprocess
@@ -72,6 +73,22 @@ def test_the_loss_falls_and_the_records_are_complete(tiny, ids, tmp_path):
     assert [r["step"] for r in trained] == list(range(5, 61, 5))
     assert {"loss", "lr", "grad_norm", "tokens", "gradient_evaluations", "unclipped"} <= set(trained[0])
     assert json.loads((tmp_path / config.hash / "result.json").read_text()) == result
+
+
+def test_the_share_of_clipped_gradients_is_counted_at_every_step(tiny, ids, tmp_path):
+    """Else the experiment on stability would rest on every fifth step, or lose what was before a stop."""
+    config = tiny(steps=20, clip=1.5)
+    every = train(dataclasses.replace(config, log_every=1), tmp_path, ids)
+    logged = [
+        r for r in rows(tmp_path / dataclasses.replace(config, log_every=1).hash) if r["kind"] == "train"
+    ]
+    share = sum(r["grad_norm"] > 1.5 for r in logged) / 20
+    assert 0 < share < 1
+    assert every["gradient_clipped"] == pytest.approx(share)
+    assert [r["gradient_clipped"] for r in logged] == [float(r["grad_norm"] > 1.5) for r in logged]
+    with pytest.raises(Stopped):
+        train(config, tmp_path, ids, **stop_at(7))
+    assert train(config, tmp_path, ids)["gradient_clipped"] == pytest.approx(share)
 
 
 def test_two_equal_runs_are_equal_bit_for_bit(tiny, ids, tmp_path):

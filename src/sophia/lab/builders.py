@@ -9,11 +9,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sophia import Sophia
+from sophia.lab.ablated import Ablated
+from sophia.lab.borrowed import RootOfCurvature
 from sophia.lab.contender import Settings, decayed_and_not
 from sophia.lab.errors import LabError
-from sophia.lab.rivals import Lion, Pair, RootOfCurvature, Signum
+from sophia.lab.rivals import Lion, Pair, Signum
 
-__all__ = ["adafactor", "adahessian", "adamw", "lion", "muon", "nadamw", "sgd", "signum", "sophia"]
+__all__ = ["ablated", "adafactor", "adahessian", "adamw", "lion", "muon", "nadamw", "sgd", "signum", "sophia"]
 
 
 def adamw(model: nn.Module, s: Settings, seed: int, **only: Any) -> Optimizer:
@@ -50,6 +52,23 @@ def adahessian(model: nn.Module, s: Settings, seed: int) -> Optimizer:
         weight_decay=float(s["weight_decay"]),
         update_every=int(s["update_every"]),
         fraction=float(s["fraction"]),
+        seed=seed,
+    )
+
+
+def ablated(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Sophia with the pre-conditioner and the bound that the settings name."""
+    return Ablated(
+        model,
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        gamma=float(s["gamma"]),
+        eps=float(s["eps"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        preconditioner=str(s["preconditioner"]),
+        bound=str(s["bound"]),
         seed=seed,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from sophia.lab.errors import UsageError
 from sophia.lab.strict import canonical, to_json
@@ -46,6 +46,15 @@ class Model:
     """Tokens in a sequence, of which all but the first are predicted."""
     vocabulary: int = 4096
     """Number of different tokens."""
+    scale_attention_by_layer: bool = False
+    """Whether the attention scores of block i = 1, 2, ... are divided by i as well: the re-parameterisation
+    for stability that others call scale_attn_by_inverse_layer_idx.
+    """
+
+    def to_plain(self) -> dict[str, Setting]:
+        """As in a file. What came later and has its default is left out: older runs keep their names."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v for k, v in plain.items() if k != "scale_attention_by_layer" or v}
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "vocabulary")

@@ -64,6 +64,14 @@ def _hvp_cost(s: Settings) -> float:
     return 2.0 * float(s["fraction"]) / float(s["update_every"])
 
 
+def _ablated_cost(s: Settings) -> float:
+    """That of the estimator; a pre-conditioner of ones needs no pass."""
+    if s["preconditioner"] == "none":
+        return 0.0
+    sampled = s["preconditioner"] in ("gnb", "empirical_fisher")
+    return _sampled_cost(s) if sampled else _hvp_cost(s)
+
+
 _DECAY = Choice((0.0, 0.03, 0.1, 0.2))
 _WARMUP = Choice((0.05, 0.1, 0.2))
 
@@ -152,6 +160,15 @@ CONTENDERS: Mapping[str, Contender] = {
             space={**_ADAM_SPACE, "update_every": Choice((1, 5, 10))},
             state_per_parameter=8,
             gradients=_hvp_cost,
+        ),
+        Contender(
+            name="ablated",
+            title="Sophia with another pre-conditioner or another bound of the step, for ablations",
+            build=builders.ablated,
+            defaults={**_SOPHIA, "preconditioner": "gnb", "bound": "clip"},
+            space=_SOPHIA_SPACE,
+            state_per_parameter=8,
+            gradients=_ablated_cost,
         ),
         Contender(
             name="nadamw",

@@ -33,6 +33,7 @@ def gpt2(config: Model, *, seed: int) -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        scale_attn_by_inverse_layer_idx=config.scale_attention_by_layer,
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,

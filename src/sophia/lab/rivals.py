@@ -1,4 +1,4 @@
-"""Optimizers that torch lacks: Lion, Signum, AdaHessian's step, and Muon with AdamW for the rest.
+"""Optimizers that torch lacks: Lion, Signum, and Muon with AdamW for the rest.
 
 All decay their weights as AdamW does: theta <- theta (1 - lr wd), apart from the step.
 """
@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from sophia import Sophia
-from sophia.curvature import Estimate, Estimator, Hutchinson, PassContext
-from sophia.lab.contender import decayed_and_not
-
-__all__ = ["Lion", "Pair", "RootOfCurvature", "Signum"]
+__all__ = ["Lion", "Pair", "Signum"]
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -77,73 +73,6 @@ class Signum(_Sign):
     def _direction(self, m: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
         m.lerp_(g, 1 - group["beta"])
         return m.clone()
-
-
-class _Squared(Estimator):
-    """The square of Hutchinson's estimate, whose average is AdaHessian's second moment."""
-
-    differentiates_twice = True
-
-    def __init__(self) -> None:
-        self._inner = Hutchinson()
-
-    def estimate(self, context: PassContext) -> Estimate:
-        """Return ``(u * (H u))^2``."""
-        found = self._inner.estimate(context)
-        return Estimate([None if d is None else d.square() for d in found.diagonal], found.count)
-
-
-class RootOfCurvature(Optimizer):
-    """Step m / (sqrt(v) + eps), v the average of squared Hutchinson estimates, both corrected for their bias.
-    No clip.
-
-    The step of AdaHessian (Yao et al., arXiv 2006.00719) without its averaging over blocks of coordinates,
-    and with an estimate every k steps. m, v and the passes are those of a Sophia that itself stands still.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        **passes: Any,
-    ) -> None:
-        """``passes`` (update_every, fraction, seed) are Sophia's."""
-        self._sophia = Sophia(model, lr=0.0, betas=betas, weight_decay=0.0, estimator=_Squared(), **passes)
-        super().__init__(decayed_and_not(model, {"weight_decay": weight_decay}), {"lr": lr, "eps": eps})
-        self.state = self._sophia.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let Sophia bring m and v up to date, then move."""
-        loss = self._sophia.step(closure)
-        books = self._sophia.param_groups[0]
-        beta1, beta2 = books["betas"]
-        m_share = 1 - beta1 ** books["step"]
-        v_share = 1 - beta2 ** books["refreshes"]
-        for group in self.param_groups:
-            for theta in group["params"]:
-                if theta.grad is None:
-                    continue
-                m, v = (self.state[theta][name] for name in ("exp_avg", "hessian"))
-                theta.mul_(1 - group["lr"] * group["weight_decay"])
-                theta.addcdiv_(m / m_share, (v / v_share).sqrt_().add_(group["eps"]), value=-group["lr"])
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; Sophia forgets the forwards whose gradients go."""
-        self._sophia.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Sophia's books; the groups here hold settings alone."""
-        return {"sophia": self._sophia.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
-        self._sophia.load_state_dict(state_dict["sophia"])
-        self.state = self._sophia.state
 
 
 class Pair(Optimizer):

@@ -78,6 +78,7 @@ def _train(
     cost = 1 + row.gradients(settings)  # gradient evaluations of a step
 
     step, loss_sum, loss_count = 0, 0.0, 0
+    clipped_before, clipped = 0, 0  # steps whose gradient was longer than the limit: all, since the last row
     clock = _Clock()
     state = checkpoint.load(record.folder)
     if state is not None:
@@ -85,6 +86,7 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_random_state(state["random"])
         step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
+        clipped_before, clipped = state.get("clipped_before", 0), state.get("clipped", 0)
         clock = _Clock(state["seconds"], state["cpu_seconds"])
     record.cut(state["log"] if state is not None else 0)
     record.attempt(from_step=step)
@@ -100,6 +102,8 @@ def _train(
                 "log": record.sync(),
                 "loss_sum": loss_sum,
                 "loss_count": loss_count,
+                "clipped_before": clipped_before,
+                "clipped": clipped,
                 "seconds": clock.seconds,
                 "cpu_seconds": clock.cpu_seconds,
             },
@@ -129,6 +133,7 @@ def _train(
             "parameters": size,
             "state_bytes": contender.state_bytes(optimizer),
             "unclipped": sum(shares) / len(shares) if shares else None,
+            "gradient_clipped": (clipped_before + clipped) / step if step else None,
             "environment": environment.describe(threads=config.threads, device=config.device),
         }
 
@@ -155,9 +160,12 @@ def _train(
         clock.stop()
 
         step, loss_sum, loss_count = step + 1, loss_sum + loss, loss_count + 1
+        clipped += norm > limit
         if step % config.log_every == 0 or step == config.steps:
             numbers = optimizer.stats() if hasattr(optimizer, "stats") else {}
-            mean, loss_sum, loss_count = loss_sum / loss_count, 0.0, 0
+            mean, share = loss_sum / loss_count, clipped / loss_count
+            clipped_before, clipped = clipped_before + clipped, 0
+            loss_sum, loss_count = 0.0, 0
             record.append(
                 {
                     **numbers,
@@ -166,6 +174,7 @@ def _train(
                     "loss": mean,
                     "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": norm,
+                    "gradient_clipped": share,
                     "tokens": step * config.tokens_per_step,
                     "gradient_evaluations": step * cost,
                     "seconds": clock.seconds,
