@@ -21,11 +21,19 @@ def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.report import Report
     from sophia.lab.commands.sweep import Sweep
     from sophia.lab.commands.train import Train
 
-    return {"compare": Compare, "sweep": Sweep, "train": Train, "report": Report, "audit": Audit}
+    return {
+        "compare": Compare,
+        "sweep": Sweep,
+        "train": Train,
+        "report": Report,
+        "audit": Audit,
+        "experiment": Experiment,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
