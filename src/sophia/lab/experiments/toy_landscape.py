@@ -188,8 +188,8 @@ def verdict(records: Records) -> Verdict:
         for m in sorted(METHODS, key=lambda m: medians[m])
     )
     sentence = (
-        f"Steps until the loss stays below {TARGET:g}, median over {number} random starts in the concave part, each "
-        f"method with its best constant step size: {words}. Newton ends at the saddle from {stuck} of "
+        f"Steps to a loss that stays under {TARGET:g}, median over {number} starts where L1 is concave, "
+        f"each method with its best constant step size: {words}. Newton ends at the saddle from {stuck} of "
         f"{number} starts ({best_damped.result['at_saddle']} with its best damped step), Sophia from "
         f"{chosen['Sophia'].result['at_saddle']} and reaches the target from {reached['Sophia']}. "
         f"Left of the maximum of L1 Sophia reaches it from {left} of {of} starts only: like everything that "
