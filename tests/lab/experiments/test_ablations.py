@@ -1,0 +1,110 @@
+"""The ablations: equal searches, runs of equal compute, and a verdict that follows planted ends."""
+
+import random
+
+import pytest
+
+from sophia.lab import contenders
+from sophia.lab.experiments import ablations
+from sophia.lab.experiments.records import Records
+
+
+def test_every_variant_has_twelve_different_trials_that_its_contender_takes():
+    """A variant that loses because it was searched less, or that is another than its name says."""
+    for name, variant in ablations.VARIANTS.items():
+        points = variant.points
+        assert len({tuple(sorted(p.items())) for p in points}) == 12, name
+        row = contenders.find(variant.contender)
+        for point in points:
+            row.settings(point)
+    assert ablations.VARIANTS[ablations.BASE].fixed["bound"] == "clip"
+
+
+def test_equal_compute_is_equal():
+    """Runs with k = 1 held to fewer steps than it can pay for, or to more."""
+    base = ablations.VARIANTS[ablations.BASE].points[0]
+    row = contenders.find("ablated")
+    for name, settings in ablations._about_k(base, 300):
+        steps = settings.pop("steps", 300)
+        cost = steps * (1 + row.gradients(row.settings(settings)))
+        if name.endswith("compute"):
+            assert cost == pytest.approx(300 * 1.05, rel=2e-3), name
+        else:
+            assert steps == 300
+        if "memory" in name:  # beta2 a step is that of k = 10
+            assert settings["beta2"] ** (1 / settings["update_every"]) == pytest.approx(0.9**0.1)
+
+
+LIKE_THE_PAPER = {
+    "hutchinson, clip": 0.02, "empirical fisher, clip": 0.1, "adahessian, clip": 0.1, "none, clip": 0.2,
+    "none, normalised": 0.2, "gnb, normalised": 0.1, "gnb, no bound": 1.0, "adamw": 0.1,
+    "k = 1": -0.02, "k = 100": 0.1, "k = 1, same compute": 0.05,
+}  # fmt: skip
+
+
+def plant(folder, effects, *, noise=0.002, grid=0.01, lost=(), best=None):
+    """Records in which each name ends so much above its base."""
+    draw, records = random.Random(1), Records(folder)
+    base = ablations.VARIANTS[ablations.BASE].points[4]
+    for name, variant in ablations.VARIANTS.items():
+        for i, point in enumerate(variant.points):
+            loss = None if name in lost else 2.5 + abs(i - (best or {}).get(name, 4))
+            records.add({"part": "search", "name": name, "settings": point, "seed": 100}, loss=loss)
+
+    def seeds(part, name, effect):
+        for seed in (1, 2, 3):
+            loss = 2.5 + 0.05 * seed + effect + draw.gauss(0, noise)
+            records.add(
+                {"part": part, "name": name, "settings": base, "seed": seed}, loss=loss, unclipped=0.2
+            )
+
+    for name in ablations.VARIANTS:
+        if name not in lost:
+            seeds("variant", name, effects.get(name, 0.0))
+    for name, _ in ablations._about_k(base, 300):
+        seeds("k", name, effects.get(name, 0.0))
+    for i, gamma in enumerate(ablations.GAMMAS):
+        for j, beta2 in enumerate(ablations.BETA2S):
+            seeds("grid", ablations._grid_name(gamma, beta2), grid * (abs(i - 1) + abs(j - 1)))
+    return records
+
+
+@pytest.mark.parametrize(
+    ("effects", "grid", "word", "missing"),
+    [
+        (LIKE_THE_PAPER, 0.01, "holds", []),
+        ({**LIKE_THE_PAPER, "empirical fisher, clip": 0.0}, 0.01, "holds in part", ["best pre-conditioner"]),
+        ({**LIKE_THE_PAPER, "none, clip": -0.1}, 0.01, "holds in part", ["is not enough"]),
+        ({**LIKE_THE_PAPER, "k = 1, same compute": -0.05}, 0.2, "holds in part", ["by compute", "0.05"]),
+        ({}, 0.2, "not seen at this scale", ["best pre-conditioner", "not enough", "by compute", "0.05"]),
+    ],
+)  # fmt: skip
+def test_the_verdict_is_that_of_what_was_planted(tmp_path, effects, grid, word, missing):
+    """A statement of the paper called established, or not, against the records."""
+    records = plant(tmp_path, effects, grid=grid)
+    said = ablations.verdict(records)
+    assert said.word == word
+    _, _, rest = said.sentence.partition("Not established: ")
+    assert all(words in rest for words in missing)
+    assert rest.startswith("none") == (not missing)
+    found = ablations.differences(records, "variant", ablations.BASE)
+    for name, effect in effects.items():
+        if name in found:
+            assert found[name].value == pytest.approx(effect, abs=0.01)
+
+
+def test_a_variant_that_always_diverges_is_worse_than_any_number(tmp_path):
+    """The strongest evidence for the clip, left out of the verdict because it has no loss."""
+    records = plant(tmp_path, LIKE_THE_PAPER, lost=("gnb, no bound",))
+    assert ablations.winner(records, "gnb, no bound") is None
+    said = ablations.verdict(records)
+    assert said.word == "holds"
+    assert "gnb, no bound diverged" in said.sentence
+    ablations.draw(records)
+
+
+def test_winners_at_the_edge_are_named(tmp_path):
+    """An optimum outside the grid that nobody hears of."""
+    records = plant(tmp_path, {}, best={"adamw": 11})
+    assert ablations.winner(records, "adamw") == ablations.VARIANTS["adamw"].points[11]
+    assert ablations.verdict(records).sentence.endswith("Winners at the edge of their grid: adamw.")
