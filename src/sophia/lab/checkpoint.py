@@ -21,7 +21,7 @@ import torch
 from sophia.lab.errors import LabError
 from sophia.lab.files import write_atomically
 
-__all__ = ["DamagedCheckpoint", "load", "random_state", "restore_random_state", "save"]
+__all__ = ["DamagedCheckpoint", "load", "random_state", "readable", "restore_random_state", "save"]
 
 State = dict[str, Any]
 
@@ -77,6 +77,12 @@ def load(folder: Path) -> State | None:
             f"Delete the folder {folder.name} to start it again."
         )
     return None
+
+
+def readable(folder: Path) -> list[State]:
+    """Every state that is there and whole, the newest first."""
+    paths = [folder / name for name in (_CURRENT, _PREVIOUS)]
+    return [state for path in paths if path.exists() and (state := _read(path)[0]) is not None]
 
 
 def _read(path: Path) -> tuple[State | None, str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from sophia.lab.errors import UsageError
-from sophia.lab.strict import canonical, to_json
+from sophia.lab.strict import LATER, canonical, to_json
 
 __all__ = ["Data", "Evaluation", "Model", "Optimizer", "Run", "Schedule", "Setting"]
 
@@ -46,19 +46,23 @@ class Model:
     """Tokens in a sequence, of which all but the first are predicted."""
     vocabulary: int = 4096
     """Number of different tokens."""
-    scale_attention_by_layer: bool = False
+    scale_attention_by_layer: bool = field(default=False, metadata=LATER)
     """Whether the attention scores of block i = 1, 2, ... are divided by i as well: the re-parameterisation
-    for stability that others call scale_attn_by_inverse_layer_idx.
+    for stability that others call scale_attn_by_inverse_layer_idx. GPT-2 alone has it.
     """
-
-    def to_plain(self) -> dict[str, Setting]:
-        """As in a file. What came later and has its default is left out: older runs keep their names."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v for k, v in plain.items() if k != "scale_attention_by_layer" or v}
+    kind: str = field(default="gpt2", metadata=LATER)
+    """"gpt2", or "neox": rotary positions, attention and MLP in parallel, a head of its own."""
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "vocabulary")
         _at_least(self, "context", 2)
+        if self.kind not in ("gpt2", "neox"):
+            raise UsageError(f'model.kind is {self.kind!r}, which names no model. Use "gpt2" or "neox".')
+        if self.kind == "neox" and self.scale_attention_by_layer:
+            raise UsageError(
+                "model.scale_attention_by_layer is true, but a neox has no such scaling. Leave it out, or "
+                'use model.kind = "gpt2".'
+            )
         if self.width % self.heads:
             raise UsageError(
                 f"model.heads is {self.heads} and model.width {self.width}: the heads share the width "
@@ -143,6 +147,8 @@ class Run:
     """Threads of torch on the CPU. Sums are cut differently, so they round differently."""
     version: int = 1
     """Version of the training procedure; a change of its numbers makes another run."""
+    precision: str = field(default="float32", metadata=LATER)
+    """"float32", or "bfloat16": forwards and backwards in it, weights and optimizer state in float32."""
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "batch", "micro_batches", "log_every", "threads")
@@ -155,6 +161,10 @@ class Run:
             )
         if self.clip < 0:
             raise UsageError(f"clip is {self.clip}: a norm is not negative. Use 0 to switch clipping off.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UsageError(
+                f'precision is {self.precision!r}, which the lab does not know. Use "float32" or "bfloat16".'
+            )
         if self.device not in ("cpu", "cuda"):
             raise UsageError(f'device is {self.device!r}, which the lab does not know. Use "cpu" or "cuda".')
 

@@ -20,7 +20,7 @@ from sophia.lab.errors import LabError, UsageError
 from sophia.lab.files import checked_name, out_of_space_named, write_json
 from sophia.lab.strict import from_json, to_json
 
-__all__ = ["Record", "read_json", "rows"]
+__all__ = ["Record", "Silent", "read_json", "rows"]
 
 
 class Record:
@@ -93,6 +93,29 @@ class Record:
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of the log."""
         return rows(self.folder)
+
+
+class Silent(Record):
+    """For the other processes of a run: reads what is there, writes nothing."""
+
+    def open(self) -> None:
+        """Leave it to the first process."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Leave it to the first process."""
+
+    def attempt(self, **what: int | str) -> None:
+        """Leave it to the first process."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Leave it to the first process."""
+
+    def sync(self) -> int:
+        """Nothing was written."""
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Leave it to the first process."""
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """Frozen dataclasses from plain values and back: JSON and TOML in, nothing guessed.
 
 Unknown keys, missing keys and wrong types raise ``UsageError`` with their dotted names. A field whose type is
-``Annotated[..., parse]`` is read by ``parse(value, where)``; a class with ``to_plain()`` is written by it.
+``Annotated[..., parse]`` is read by ``parse(value, where)``; a class with ``to_plain()`` is written by it. A
+field with the metadata ``LATER`` was added after runs had been named: it is written only where it differs
+from its default, so that they keep their names.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Any, TypeVar
 
 from sophia.lab.errors import UsageError
 
-__all__ = ["canonical", "differences", "from_json", "to_json"]
+__all__ = ["LATER", "canonical", "differences", "from_json", "to_json"]
+
+LATER = {"later": True}
 
 T = TypeVar("T")
 
@@ -30,7 +34,12 @@ def to_json(config: Any) -> Any:
     if hasattr(config, "to_plain"):
         return config.to_plain()
     if dataclasses.is_dataclass(config):
-        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {
+            f.name: to_json(value)
+            for f in dataclasses.fields(config)
+            for value in [getattr(config, f.name)]
+            if not f.metadata.get("later") or value != f.default
+        }
     if isinstance(config, Mapping):
         return {key: to_json(value) for key, value in config.items()}
     return [to_json(value) for value in config] if isinstance(config, tuple | list) else config

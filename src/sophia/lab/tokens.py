@@ -39,7 +39,7 @@ class Tokens:
     train: Ids
     validation: Ids
     lengths: NDArray[np.int64] | None = None
-    """Bytes of each token; None: those of the shipped vocabulary."""
+    """Bytes of each token, 0 if they are not known; None: those of the shipped vocabulary."""
     _order: dict[tuple[int, int, int], NDArray[np.int64]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -99,10 +99,12 @@ class Tokens:
         return float(-np.log(counts / counts.sum())[self.validation].mean())
 
 
-def bits_per_byte(loss: float, *, predictions: int, bytes_: int) -> float:
+def bits_per_byte(loss: float, *, predictions: int, bytes_: int) -> float | None:
     """A mean loss in nats per prediction as bits per byte of the text predicted; comparable across
-    vocabularies.
+    vocabularies. None where the number of bytes is not known and given as 0.
     """
+    if bytes_ == 0:
+        return None
     return loss * predictions / (math.log(2) * bytes_)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import torch
 
 from sophia.lab import checkpoint, contender, contenders, environment, models, schedules
 from sophia.lab.config import Run
-from sophia.lab.errors import LabError, Stopped
+from sophia.lab.errors import Stopped, UsageError
 from sophia.lab.files import locked
-from sophia.lab.record import Record
+from sophia.lab.record import Record, Silent
 from sophia.lab.signals import Request
+from sophia.lab.team import Solo
 from sophia.lab.tokens import Tokens, bits_per_byte
 
 __all__ = ["Progress", "train"]
@@ -41,17 +43,22 @@ def train(
     save_every: int = 100,
     stop: Request | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
+    team: Solo | None = None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
 
-    Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``.
+    Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``. With a
+    ``team`` of several processes each of them calls it, on one folder, and the first writes. ``recompute``
+    trades the activations of the blocks for a second forward; it changes no number.
     """
-    record = Record(runs, config)
-    with locked(record.folder, what="run"):
+    team = Solo() if team is None else team
+    record = Record(runs, config) if team.rank == 0 else Silent(runs, config)
+    with locked(record.folder, what="run") if team.rank == 0 else contextlib.nullcontext():
         if (result := record.result()) is None:
             record.open()
             request = Request() if stop is None else stop  # a request that was not made yet is false
-            result = _train(config, record, tokens, save_every, request, report)
+            result = _train(config, record, tokens, save_every, request, report, team, recompute)
             record.finish(result)
     return result
 
@@ -63,13 +70,24 @@ def _train(
     save_every: int,
     stop: Request,
     report: Callable[[Progress], None],
+    team: Solo,
+    recompute: bool,
 ) -> dict[str, Any]:
-    device = _device(config)
+    torch.set_num_threads(config.threads)
+    device = team.device(config.device)
     context, parts = config.model.context, config.micro_batches
+    if config.batch % (parts * team.size):
+        raise UsageError(
+            f"a batch of {config.batch} sequences cannot be cut into {parts} equal parts on each of "
+            f"{team.size} processes. Use micro-batches and processes whose product divides it."
+        )
     tokens.require(context, "The text")
     held_out, held_out_bytes = tokens.held_out(sequences=config.evaluation.sequences, context=context)
 
-    model = models.gpt2(config.model, seed=config.seed).to(device)
+    model = models.build(config.model, seed=config.seed)
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model = team.place(model, device, precision=config.precision)
     parameters = [p for p in model.parameters() if p.requires_grad]
     row = contenders.of(config.optimizer)
     settings = row.settings(config.optimizer.settings)
@@ -80,10 +98,8 @@ def _train(
     step, loss_sum, loss_count = 0, 0.0, 0
     clipped_before, clipped = 0, 0  # steps whose gradient was longer than the limit: all, since the last row
     clock = _Clock()
-    state = checkpoint.load(record.folder)
+    state = team.load(record.folder, model, optimizer)
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_random_state(state["random"])
         step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
         clipped_before, clipped = state.get("clipped_before", 0), state.get("clipped", 0)
@@ -92,11 +108,11 @@ def _train(
     record.attempt(from_step=step)
 
     def save() -> None:
-        checkpoint.save(
+        team.save(
             record.folder,
+            model,
+            optimizer,
             {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
                 "random": checkpoint.random_state(),
                 "step": step,
                 "log": record.sync(),
@@ -110,7 +126,9 @@ def _train(
         )
 
     def evaluate() -> float:
-        loss = _evaluate(model, held_out.to(device), rows=config.batch)
+        rows = max(1, config.batch // (parts * team.size))
+        with team.autocast(device, config.precision):
+            loss = _evaluate(model, held_out.to(device), rows=rows, team=team)
         bits = bits_per_byte(loss, predictions=held_out[:, 1:].numel(), bytes_=held_out_bytes)
         record.append({"kind": "eval", "step": step, "loss": loss, "bits_per_byte": bits})
         return loss
@@ -134,7 +152,10 @@ def _train(
             "state_bytes": contender.state_bytes(optimizer),
             "unclipped": sum(shares) / len(shares) if shares else None,
             "gradient_clipped": (clipped_before + clipped) / step if step else None,
-            "environment": environment.describe(threads=config.threads, device=config.device),
+            "environment": {
+                **environment.describe(threads=config.threads, device=config.device),
+                **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
+            },
         }
 
     if step == 0:
@@ -144,14 +165,17 @@ def _train(
         clock.start()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
-        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context).to(device)
+        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context)
         loss = 0.0
-        for part in batch.chunk(parts):
-            part_loss = model(input_ids=part, labels=part).loss / parts
-            part_loss.backward()
+        for number, part in enumerate(team.share(batch).to(device).chunk(parts), 1):
+            with team.accumulating(model, last=number == parts):
+                with team.autocast(device, config.precision):
+                    part_loss = model(input_ids=part, labels=part).loss / parts
+                part_loss.backward()
             loss += float(part_loss.detach())
+        (loss,) = team.mean([loss])
         limit = config.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             clock.stop()
             return end("diverged", None)
@@ -162,7 +186,7 @@ def _train(
         step, loss_sum, loss_count = step + 1, loss_sum + loss, loss_count + 1
         clipped += norm > limit
         if step % config.log_every == 0 or step == config.steps:
-            numbers = optimizer.stats() if hasattr(optimizer, "stats") else {}
+            numbers = team.stats(optimizer)
             mean, share = loss_sum / loss_count, clipped / loss_count
             clipped_before, clipped = clipped_before + clipped, 0
             loss_sum, loss_count = 0.0, 0
@@ -186,7 +210,7 @@ def _train(
             loss_at_end = evaluate()
             if not math.isfinite(loss_at_end):
                 return end("diverged", None)
-        if stop and step < config.steps:
+        if team.agreed(bool(stop)) and step < config.steps:
             save()
             raise Stopped(
                 f"Stopped at step {step} of {config.steps}; the state is saved.", signal=stop.signal or 0
@@ -197,23 +221,29 @@ def _train(
 
 
 @torch.no_grad()
-def _evaluate(model: torch.nn.Module, held_out: torch.Tensor, *, rows: int) -> float:
+def _evaluate(model: torch.nn.Module, held_out: torch.Tensor, *, rows: int, team: Solo) -> float:
     """Mean loss over the held-out predictions; parts of unequal size weigh by their size."""
     model.eval()
-    total = 0.0
-    for part in torch.split(held_out, rows):
-        total += float(model(input_ids=part, labels=part).loss) * len(part)
+    mine, total = held_out[team.rank :: team.size], 0.0
+    most = -(-len(held_out) // team.size)  # of any process: all call the model equally often
+    for start in range(0, most, rows):
+        part = mine[start : start + rows]
+        loss = model(input_ids=part, labels=part).loss if len(part) else _waiting(model, held_out)
+        total += float(loss) * len(part)
     model.train()
-    return total / len(held_out)
+    total, count = team.mean([total, float(len(mine))])
+    return total / count
 
 
-def _device(config: Run) -> torch.device:
-    torch.set_num_threads(config.threads)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise LabError(
-            "This run is for a GPU, but torch sees none here. Run it with device cpu, or where a GPU is."
-        )
-    return torch.device(config.device)
+def _waiting(model: torch.nn.Module, held_out: torch.Tensor) -> float:
+    """A forward whose loss does not count, in step with the other processes."""
+    model(input_ids=held_out[:1])
+    return 0.0
+
+
+def _number(norm: torch.Tensor) -> float:
+    """The norm of all gradients; sharded ones give a sharded norm."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class _Clock:
