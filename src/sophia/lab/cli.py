@@ -22,6 +22,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.compare import Compare
     from sophia.lab.commands.experiment import Experiment
+    from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
     from sophia.lab.commands.sweep import Sweep
     from sophia.lab.commands.train import Train
@@ -33,6 +34,7 @@ def commands() -> dict[str, type[Command]]:
         "report": Report,
         "audit": Audit,
         "experiment": Experiment,
+        "pretrain": Pretrain,
     }
 
 

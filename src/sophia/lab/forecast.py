@@ -3,7 +3,7 @@
 FLOPs of a token, forward and backward: 6 N + 12 L C d, for N parameters (a tied matrix counts once), L
 layers, C tokens of context and d width; the second term is the attention's scores, not halved for the
 causal mask (Chowdhery et al., arXiv 2204.02311, appendix B). It gives the figures of the paper's table of
-costs to their last digit, as far as those are recalled rightly.
+costs, as recalled, within half a percent.
 
 Memory is in bytes of one device:
 

@@ -124,9 +124,13 @@ class _Several(Solo):
         return [float(v) for v in total / self.size]
 
     def stats(self, optimizer: Optimizer) -> dict[str, float]:
-        stats = getattr(optimizer, "stats", dict)
-        whole = "all_ranks" in inspect.signature(stats).parameters
-        return stats(all_ranks=True) if whole else stats()
+        stats = getattr(optimizer, "stats", None)
+        if stats is None:
+            return {}
+        found: dict[str, float] = (
+            stats(all_ranks=True) if "all_ranks" in inspect.signature(stats).parameters else stats()
+        )
+        return found
 
     def close(self) -> None:
         self._dist.destroy_process_group()

@@ -45,12 +45,14 @@ def train(
     report: Callable[[Progress], None] = lambda progress: None,
     team: Solo | None = None,
     recompute: bool = False,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
 
     Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``. With a
     ``team`` of several processes each of them calls it, on one folder, and the first writes. ``recompute``
-    trades the activations of the blocks for a second forward; it changes no number.
+    trades the activations of the blocks for a second forward; it changes no number. ``keep`` saves the
+    trained model, as the last checkpoint.
     """
     team = Solo() if team is None else team
     record = Record(runs, config) if team.rank == 0 else Silent(runs, config)
@@ -58,7 +60,7 @@ def train(
         if (result := record.result()) is None:
             record.open()
             request = Request() if stop is None else stop  # a request that was not made yet is false
-            result = _train(config, record, tokens, save_every, request, report, team, recompute)
+            result = _train(config, record, tokens, save_every, request, report, team, recompute, keep)
             record.finish(result)
     return result
 
@@ -72,6 +74,7 @@ def _train(
     report: Callable[[Progress], None],
     team: Solo,
     recompute: bool,
+    keep: bool,
 ) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     device = team.device(config.device)
@@ -217,6 +220,8 @@ def _train(
             )
         if step % save_every == 0 and step < config.steps:
             save()
+    if keep:
+        save()
     return end("finished", loss_at_end)
 
 

@@ -1,0 +1,64 @@
+"""A trained run as a folder that ``transformers`` loads: weights, configuration, and the vocabulary."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from sophia.lab import checkpoint, models, vocabulary
+from sophia.lab.config import Run
+from sophia.lab.errors import UsageError
+from sophia.lab.record import read_json
+from sophia.lab.strict import from_json
+
+__all__ = ["export", "trained"]
+
+
+def trained(folder: Path) -> tuple[nn.Module, Run]:
+    """The model of a run that was trained with its weights kept, in evaluation mode, and what the run is.
+
+    Raises ``UsageError`` for a run that has not ended, or whose last weights were not kept.
+    """
+    config = from_json(Run, read_json(folder / "config.json"))
+    state = checkpoint.load(folder)
+    if state is None or state["step"] != config.steps:
+        at = "no step" if state is None else f"step {state['step']}"
+        raise UsageError(
+            f"{folder} has weights of {at}, and its run has {config.steps}: the trained model is not there. "
+            "Train it to its end with sophia pretrain, which keeps the last weights."
+        )
+    model = models.build(config.model, seed=config.seed)
+    weights = state.get("model")
+    if weights is None:  # saved by a sharded run, in parts
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        parts = {"model": model.state_dict()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it is alone, which is meant
+            load(parts, checkpoint_id=folder / state["shards"], no_dist=True)
+        weights = parts["model"]
+    model.load_state_dict(weights)
+    return model.eval(), config
+
+
+def export(folder: Path, out: Path) -> Path:
+    """Write the trained model of a run so that ``AutoModelForCausalLM.from_pretrained(out)`` gives it back,
+    and with it, if the run used the shipped vocabulary, what ``AutoTokenizer`` needs.
+    """
+    model, config = trained(folder)
+    model.save_pretrained(out)  # type: ignore[operator]
+    if config.data.vocabulary == vocabulary.SHA256:
+        from tokenizers.decoders import ByteLevel
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = vocabulary.tokenizer()
+        tokenizer.decoder = ByteLevel()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            model_max_length=config.model.context,
+            bos_token=vocabulary.SEPARATOR,  # stands before each document in training
+            eos_token=vocabulary.SEPARATOR,
+        ).save_pretrained(out)
+    return out
