@@ -48,8 +48,10 @@ def plant(folder, effects, *, noise=0.002, grid=0.01, lost=(), best=None):
     base = ablations.VARIANTS[ablations.BASE].points[4]
     for name, variant in ablations.VARIANTS.items():
         for i, point in enumerate(variant.points):
-            loss = None if name in lost else 2.5 + abs(i - (best or {}).get(name, 4))
-            records.add({"part": "search", "name": name, "settings": point, "seed": 100}, loss=loss)
+            place = abs(i - (best or {}).get(name, 4))
+            for seed in ablations.SEARCH_SEEDS[: 3 if place < ablations.FINALISTS else 1]:
+                loss = None if name in lost else 2.5 + place
+                records.add({"part": "search", "name": name, "settings": point, "seed": seed}, loss=loss)
 
     def seeds(part, name, effect):
         for seed in (1, 2, 3):
@@ -108,3 +110,17 @@ def test_winners_at_the_edge_are_named(tmp_path):
     records = plant(tmp_path, {}, best={"adamw": 11})
     assert ablations.winner(records, "adamw") == ablations.VARIANTS["adamw"].points[11]
     assert ablations.verdict(records).sentence.endswith("Winners at the edge of their grid: adamw.")
+
+
+def test_a_lucky_run_does_not_win(tmp_path):
+    """A setting chosen for one seed on which it shone: every ablation would be measured against it."""
+    records, points = Records(tmp_path), ablations.VARIANTS["adamw"].points
+    for i, point in enumerate(points):
+        records.add({"part": "search", "name": "adamw", "settings": point, "seed": 100}, loss=2.5 + 0.01 * i)
+    assert ablations._ranked(records, "adamw", 1) == points
+    assert ablations.winner(records, "adamw") is None  # no finals yet
+    for i, losses in enumerate([(3.0, None), (2.6, 2.6), (2.5, 2.5), (2.7, 2.7)]):
+        for seed, loss in zip((101, 102), losses, strict=True):
+            case = {"part": "search", "name": "adamw", "settings": points[i], "seed": seed}
+            records.add(case, loss=loss)
+    assert ablations.winner(records, "adamw") == points[2]

@@ -1,8 +1,9 @@
 """Parts of Sophia taken out or exchanged one at a time, each with a search of its own.
 
-Every variant, AdamW beside them, gets a grid of twelve settings on a seed of its own; the best goes to the
-seeds that are measured. The runs about k and the grid of gamma and beta2 start from the winner of Sophia-G.
-The settings of a run are in its row.
+Every variant, AdamW beside them, gets a grid of twelve settings on one seed; the best four of them get two
+more, and the best mean of three goes to the seeds that are measured, which are others. (One seed alone chose
+a lucky run: its loss was 2.39, and 2.58 on the seeds that were measured.) The runs about k and the grid of
+gamma and beta2 start from the winner of Sophia-G. The settings of a run are in its row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from sophia.lab import contenders
@@ -20,6 +22,7 @@ from sophia.lab.experiments.experiment import Experiment, Verdict
 from sophia.lab.experiments.progress import Progress
 from sophia.lab.experiments.records import Records
 from sophia.lab.noise import Estimate, contrast, pooled_noise
+from sophia.lab.strict import canonical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +95,10 @@ QUICK = Shape(
     Model(layers=1, width=16, heads=2, context=16, vocabulary=256), batch=2, steps=6, warmup=2, held_out=4
 )
 SEEDS = (1, 2, 3)
-SEARCH_SEED = 100
+SEARCH_SEEDS = (100, 101, 102)
+"""The whole grid is run on the first."""
+FINALISTS = 4
+"""How many settings of a grid are run on the others too."""
 EVERY = (1, 10, 100)
 """k."""
 GAMMAS = (0.25, 1.0, 4.0)
@@ -114,7 +120,9 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
             records.add(case, **end, steps=steps)
 
     for name, variant in VARIANTS.items():
-        do("search", name, variant.contender, variant.points[:trials], [SEARCH_SEED])
+        do("search", name, variant.contender, variant.points[:trials], SEARCH_SEEDS[:1])
+        finalists = _ranked(records, name, 1)[:FINALISTS]
+        do("search", name, variant.contender, finalists, SEARCH_SEEDS[1:])
         if (best := winner(records, name)) is not None:
             do("variant", name, variant.contender, [best], seeds)
     if (base := winner(records, BASE)) is not None:
@@ -126,10 +134,22 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
 
 def winner(records: Records, name: str) -> Point | None:
-    """The settings with the lowest end loss in a variant's search; None if every trial diverged."""
-    trials = records.where(part="search", name=name)
-    best = min(trials, key=lambda row: inf if row.result["loss"] is None else row.result["loss"])
-    return None if best.result["loss"] is None else best.case["settings"]
+    """The settings with the lowest mean end loss among a variant's finalists; None if all of them
+    diverged.
+    """
+    return next(iter(_ranked(records, name, len(SEARCH_SEEDS))), None)
+
+
+def _ranked(records: Records, name: str, seeds: int) -> list[Point]:
+    """Settings of a variant's search that ended well on so many seeds, the lowest mean loss first."""
+    losses: dict[str, list[float]] = {}
+    points: dict[str, Point] = {}
+    for row in records.where(part="search", name=name):
+        key = canonical(row.case["settings"])
+        points[key] = row.case["settings"]
+        losses.setdefault(key, []).append(inf if row.result["loss"] is None else row.result["loss"])
+    means = {key: fmean(found) for key, found in losses.items() if len(found) >= seeds}
+    return [points[key] for key in sorted(means, key=lambda key: means[key]) if means[key] < inf]
 
 
 def _about_k(base: Point, steps: int) -> list[tuple[str, Point]]:
@@ -286,15 +306,15 @@ EXPERIMENT = Experiment(
         "without a pre-conditioner is not enough (ablations of the paper)."
     ),
     scale=(
-        f"{SHAPE.words}; 3 layers, 0.17M parameters. Twelve trials for every variant on a seed of its own, "
-        f"the best on {len(SEEDS)} paired seeds; beta1 and beta2 0.9. The paper's models are two hundred "
-        "times larger and trained longer."
+        f"{SHAPE.words}; 3 layers, 0.17M parameters. Twelve settings for every variant on one seed, the "
+        f"best four on two more, the winner on {len(SEEDS)} others; beta1 and beta2 0.9. The paper's models are "
+        "two hundred times larger and trained longer."
     ),
     expected=(
         "No bound diverges or ends far worse; sign-like steps come near the full method, since m is noisy; "
         "the estimators are close to each other; k = 1 and k = 10 equal by step, so k = 10 ahead by compute."
     ),
-    runtime="about 25 minutes on one core; quick 3 s",
+    runtime="about 40 minutes on one core; quick 3 s",
     figure=(
         "Differences of end losses with 90% intervals (orange: worse, green: better, grey: not established). "
         "Left: variants against Sophia-G, each with its own search. Middle: k, with beta2 a refresh as it is "
