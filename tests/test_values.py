@@ -32,7 +32,7 @@ BAD = [
     ("lr", "1e-3", "lr='1e-3': expected a number"),
     ("lr", None, "lr=None: expected a number"),
     ("lr", torch.tensor(-1.0), "lr=tensor(-1.): expected a finite number at least 0"),
-    ("lr", torch.tensor([0.1, 0.1]), "lr is a tensor of 2 elements: the learning rate of a group is one"),
+    ("lr", torch.tensor([0.1, 0.1]), "Tensor lr must be 1-element, but this one has 2"),
     ("betas", (0.9,), "betas=(0.9,): give two numbers"),
     ("betas", (0.9, 0.99, 0.999), "betas=(0.9, 0.99, 0.999): give two numbers"),
     ("betas", 0.9, "betas=0.9: give two numbers"),
@@ -115,6 +115,7 @@ EDGES = [
     {"fused": False},
     {"capturable": True},
     {"differentiable": True, "foreach": False},
+    {"differentiable": True, "capturable": True},
     {"maximize": True},
 ]
 
@@ -138,7 +139,6 @@ def test_edge_of_what_is_meant_is_accepted(settings):
         ({"differentiable": True, "fused": True}, "differentiable=True runs tensor by tensor"),
         ({"fused": True, "foreach": True}, "`fused` and `foreach` cannot be `True` together"),
         ({"differentiable": True, "foreach": True}, "differentiable=True runs tensor by tensor"),
-        ({"differentiable": True, "capturable": True}, "differentiable=True runs tensor by tensor"),
     ],
     ids=str,
 )

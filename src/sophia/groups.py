@@ -41,7 +41,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(
-            f"lr is a tensor of {lr.numel()} elements: the learning rate of a group is one number"
+            # torch's words, for code that looks for them
+            f"Tensor lr must be 1-element, but this one has {lr.numel()}: the rate of a group is one number"
         )
     check_number("lr", lr, at_least=0.0)
     betas = group["betas"]
@@ -67,10 +68,9 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     if group["fused"] and (reason := fused_cpu.unavailable()):
         raise RuntimeError(f"fused=True: {reason}. Leave fused=None to let Sophia choose the fastest path")
-    if group["differentiable"] and (group["foreach"] or group["fused"] or group["capturable"]):
+    if group["differentiable"] and (group["foreach"] or group["fused"]):
         raise RuntimeError(
-            "differentiable=True runs tensor by tensor: it goes with none of foreach=True, fused=True and "
-            "capturable=True"
+            "differentiable=True runs tensor by tensor: it goes with neither foreach=True nor fused=True"
         )
 
 

@@ -139,6 +139,18 @@ def test_tensor_lr(kernel):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("lr_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_coarse_tensor_lr_still_decays(dtype, lr_dtype):
+    """1 - lr * weight_decay is 1 in half precision: weights that are never decayed, and no error."""
+    lr = torch.tensor(2.0**-10, dtype=lr_dtype)
+    params = [torch.ones(3, dtype=dtype)]
+    zeros = [torch.zeros_like(params[0])]
+    settings = {**SETTINGS, "lr": lr, "weight_decay": 0.25}
+    foreach.step(params, zeros, [zeros[0].clone()], zeros, **settings, maximize=False)
+    torch.testing.assert_close(params[0], torch.full((3,), 1 - 2.0**-12, dtype=dtype), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_blocks_cannot_be_seen(monkeypatch, dtype):
     """Results that depend on where memory is cut would depend on the machine the constant was tuned on."""

@@ -68,10 +68,12 @@ def step(
         torch._foreach_clamp_min_(d, eps)
         torch._foreach_maximum_(d, torch._foreach_abs(m))
         if isinstance(lr, Tensor):
-            # A tensor lr stays on its device (no synchronisation), at the price of one more pass.
-            torch._foreach_mul_(p, 1 - lr * weight_decay)
+            # A tensor lr stays a tensor (no synchronisation), at the price of one more pass. In its own half
+            # precision 1 - lr wd would be 1: no decay.
+            rate = lr.to(p[0].device, torch.promote_types(lr.dtype, p[0].dtype))
+            torch._foreach_mul_(p, 1 - rate * weight_decay)
             direction = torch._foreach_div(m, d)
-            torch._foreach_mul_(direction, lr)
+            torch._foreach_mul_(direction, rate)
             torch._foreach_sub_(p, direction)
         else:
             if weight_decay != 0:
