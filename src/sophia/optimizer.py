@@ -17,15 +17,20 @@ from sophia.attach import Recorder
 from sophia.curvature import Estimator, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
-from sophia.groups import check_group, decayed_and_not, translated_from_adamw
+from sophia.groups import RULES, check_group, decayed_and_not, hidden_apart, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import choose
 from sophia.likelihoods import Likelihood, likelihood_named
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
-from sophia.sharding import is_dtensor, local
+from sophia.sharding import check_whole, is_dtensor, local
 from sophia.state import check_origin, new_state, restore_state
+from sophia.update_rule import corrected_gamma
 
 __all__ = ["Sophia"]
+
+# By whether the rule is the published one: its values are the paper's, the others' those of docs/research.md.
+_BETAS = {True: (0.96, 0.99), False: (0.9, 0.9)}
+_GAMMA = {True: 0.05, False: 0.2}
 
 
 class Sophia(torch.optim.Optimizer):
@@ -44,13 +49,19 @@ class Sophia(torch.optim.Optimizer):
         model_or_params: the model (matrices are decayed, vectors are not), or parameters, groups or named
             parameters as for any optimizer of torch; the latter with ``model=``.
         lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's.
-        betas: decay of m a step, and of h a refresh. The paper's.
+        betas: decay of m a step, and of h a refresh. None: the paper's (0.96, 0.99), (0.9, 0.9) for the other
+            rules.
         gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official
-            repository calls it rho.
+            repository calls it rho. None: 0.05, and 0.2 for the other rules.
         eps: floor of the denominator ``gamma h``; above 0.
         weight_decay: decoupled, times lr.
         model: the module whose training forwards are recorded: the one that is really called and returns
             logits.
+        rule: ``"paper"``: Algorithm 3, or one of our own with the same buffers (equations in
+            ``sophia.update_rule``, measurements in docs/research.md): ``"damped"``, element by element, or
+            ``"spectral"``, which bounds the singular values of the steps of hidden matrices. These two need
+            whole tensors: no sharded ones.
+        damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``.
         update_every: k, steps between two refreshes.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses.
         estimator: ``"gnb"``, ``"hutchinson"``, ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``.
@@ -89,12 +100,14 @@ class Sophia(torch.optim.Optimizer):
         self,
         model_or_params: nn.Module | Iterable[Any],
         lr: float | Tensor = 6e-4,
-        betas: tuple[float, float] = (0.96, 0.99),
-        gamma: float = 0.05,
+        betas: tuple[float, float] | None = None,
+        gamma: float | None = None,
         eps: float = 1e-12,
         weight_decay: float = 0.1,
         *,
         model: nn.Module | None = None,
+        rule: str = "paper",
+        damping: float = 0.5,
         update_every: int = 10,
         fraction: float = 0.5,
         estimator: str | Estimator = "gnb",
@@ -113,6 +126,9 @@ class Sophia(torch.optim.Optimizer):
         differentiable: bool = False,
     ) -> None:
         check_option("mode", mode, ("replay", "manual"))
+        check_option("rule", rule, RULES)
+        betas = _BETAS[rule == "paper"] if betas is None else betas
+        gamma = _GAMMA[rule == "paper"] if gamma is None else gamma
         # Half-precision state needs stochastic rounding to average at all; it is not offered before it has
         # it.
         check_option("state_dtype", state_dtype, (torch.float32, torch.float64))
@@ -132,6 +148,13 @@ class Sophia(torch.optim.Optimizer):
                     "model=model, ...). Without the model step() could "
                     "not refresh the Hessian; mode='manual' leaves that to you"
                 )
+        if rule != "paper":
+            if model is None:
+                raise ValueError(
+                    f"rule={rule!r} tells hidden matrices from embeddings and the head by the model: pass "
+                    "Sophia(model, ...) or Sophia(params, model=model, ...)"
+                )
+            params = hidden_apart(params, model, rule)
         self.mode, self.fraction, self.state_dtype = mode, fraction, state_dtype
         self.likelihood = likelihood_named(likelihood)
         self.estimator = estimator_named(estimator, self.likelihood)
@@ -148,6 +171,9 @@ class Sophia(torch.optim.Optimizer):
             "gamma": gamma,
             "eps": eps,
             "weight_decay": weight_decay,
+            "rule": rule,
+            "damping": damping,
+            "scale": 1.0,
             "update_every": update_every,
             "maximize": maximize,
             "foreach": foreach,
@@ -271,9 +297,11 @@ class Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                check_gradient(parameter.grad, parameter)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    check_gradient(parameter.grad, parameter)
+                    check_whole(parameter, group["rule"])
         if self._is_asked_for_empty_state():
             for parameter in self._parameters():
                 if parameter.grad is not None:
@@ -315,11 +343,13 @@ class Sophia(torch.optim.Optimizer):
         settings = {
             "lr": lr,
             "beta1": float(group["betas"][0]),
-            "gamma": float(group["gamma"]),
+            "gamma": _gamma(group),
             "eps": float(group["eps"]),
             "weight_decay": float(group["weight_decay"]),
             "maximize": group["maximize"],
         }
+        if group["rule"] != "paper":
+            settings |= {name: group[name] for name in ("rule", "damping", "scale")}
         lists: dict[tuple[ModuleType, torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -476,7 +506,7 @@ class Sophia(torch.optim.Optimizer):
             (
                 [local(s["exp_avg"]) for s in states],
                 [local(s["hessian"]) for s in states],
-                float(g["gamma"]),
+                _gamma(g),
                 float(g["eps"]),
             )
             for g, states in held
@@ -580,6 +610,15 @@ class Sophia(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def _gamma(group: dict[str, Any]) -> float:
+    """The group's gamma, with the corrections of its rule in it; for the step that is about to be taken."""
+    gamma = float(group["gamma"])
+    if group["rule"] == "paper":
+        return gamma
+    taken = group["step"] - group["joined"]
+    return corrected_gamma(gamma, betas=group["betas"], step=taken + 1, refreshes=group["refreshes"])
 
 
 def _number(value: float | Tensor) -> float:

@@ -10,12 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["is_dtensor", "laid_out_like", "local"]
+__all__ = ["check_whole", "is_dtensor", "laid_out_like", "local"]
 
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether this is a ``torch.distributed.tensor.DTensor``, without importing that class."""
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def check_whole(parameter: Tensor, rule: str) -> None:
+    """Raise RuntimeError for a shard under a rule that looks at a whole tensor."""
+    if rule != "paper" and (is_dtensor(parameter) or getattr(parameter, "_fsdp_flattened", False)):
+        raise RuntimeError(
+            f"rule={rule!r} takes the rms or the singular values of whole tensors, and this parameter of "
+            f"shape {tuple(parameter.shape)} is sharded. Use rule='paper', which is element-wise, or DDP"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

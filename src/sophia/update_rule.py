@@ -31,13 +31,39 @@ The same thing under its four names::
 v1 wrote eta clip(m / max(h, eps), rho) = (eta rho) clip(m / max(rho h, rho eps), 1): its step size times its
 rho is our lr, its rho is our gamma. B is the number of predictions (tokens) averaged in the loss; h is stored
 already multiplied by it, so that gamma means the same at every batch size and there is no ``bs`` here.
+
+Two rules of our own stand beside the published one, with the same two buffers (``rule=`` of ``Sophia``; what
+they gain is measured in ``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
+
+    damped     theta <- theta - lr s clip(u / max(gamma h, damping rms(u)), 1)
+    spectral   theta <- theta - lr s D / rms(D),   D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
+
+Damped: a coordinate whose momentum is far below its tensor's is moved by little, as a rare token's embedding
+should be between two of its occurrences; by the published rule it goes on at full lr, in a direction long out
+of date, until m has decayed below gamma h. Spectral: the clip of Algorithm 3 bounds every entry of the step
+by 1, this one every singular value, so that directions shared by many coordinates, which a diagonal h cannot
+see, are bounded too; R and C are the means of h over columns and rows. s is a number for the kind of tensor.
+In both, m and h are corrected for their start at zero.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-__all__ = ["average_curvature", "average_gradient", "clipped_direction", "sophia_step"]
+__all__ = [
+    "average_curvature",
+    "average_gradient",
+    "clipped_direction",
+    "corrected_gamma",
+    "damped_direction",
+    "look_ahead",
+    "polar",
+    "sophia_step",
+    "spectral_direction",
+]
 
 
 def average_gradient(m: Tensor, g: Tensor, *, beta1: float) -> Tensor:
@@ -92,3 +118,76 @@ def sophia_step(
     theta = theta - lr * weight_decay * theta
     theta = theta - lr * clipped_direction(m, h, gamma=gamma, eps=eps)
     return theta, m
+
+
+def look_ahead(m: Tensor, g: Tensor, *, beta1: float) -> Tensor:
+    """Return ``beta1 m + (1 - beta1) g`` with the m that g is already part of: Nesterov's momentum, as in
+    NAdam (Dozat 2016).
+    """
+    return beta1 * m + (1 - beta1) * g
+
+
+def corrected_gamma(gamma: float, *, betas: tuple[float, float], step: int, refreshes: int) -> float:
+    """Return the gamma that corrects m and h for their start at zero.
+
+    They enter the rule as u / (gamma h) alone, so the correction ``m / (1 - beta1^t)``, ``h / (1 - beta2^r)``
+    of Kingma and Ba is one number. ``step`` counts from 1, and u looks one step ahead of it.
+    """
+    m_part, h_part = 1 - betas[0] ** (step + 1), 1 - betas[1] ** refreshes
+    return gamma * m_part / h_part if h_part > 0 else gamma
+
+
+def damped_direction(u: Tensor, h: Tensor, *, gamma: float, eps: float, damping: float) -> Tensor:
+    """Return ``clip(u / max(gamma h, damping rms(u), eps), 1)``, the rms over the tensor.
+
+    With ``damping=0`` it is the published direction.
+
+    >>> import torch
+    >>> u, h = torch.tensor([1.0, 0.01, 1.0, 0.0]), torch.tensor([0.0, 0.0, 10.0, 0.0])
+    >>> damped_direction(u, h, gamma=0.2, eps=1e-12, damping=0.5)      # rms(u) = 0.7
+    tensor([1.0000, 0.0283, 0.5000, 0.0000])
+    """
+    floor = (damping * u.square().mean().sqrt()).clamp(min=eps)
+    return (u / torch.maximum(gamma * h, floor)).clamp(-1, 1)
+
+
+def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
+    """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by the curvature.
+
+    The steepest descent of u among steps D with ``|| R^1/4 D C^1/4 || <= 1`` in the spectral norm, R and C
+    the means of h over columns and rows: sharp rows and columns get less of the step. Without curvature (h
+    constant) it is the step of Muon.
+
+    Args:
+        u: the momentum, (a, b).
+        h: the curvature, (a, b); entries below zero count through the means alone.
+    """
+    rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
+    d = rows * polar(rows * u * columns) * columns
+    return d * (math.sqrt(d.numel()) / d.norm().clamp(min=torch.finfo(d.dtype).tiny))
+
+
+def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
+    """Return a matrix with the singular vectors of x and all singular values near 1 (0.7 to 1.2).
+
+    Newton-Schulz iteration with the quintic that Jordan et al. (Muon, 2024) chose for fast growth of small
+    singular values; ``iterations`` products of x with itself instead of a decomposition.
+
+    >>> import torch
+    >>> x = torch.diag(torch.tensor([3.0, -1.0]))
+    >>> (polar(x).diagonal().abs() - 1).abs().max() < 0.35
+    tensor(True)
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    turned = x.size(0) > x.size(1)
+    x = x.T if turned else x
+    x = x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.T if turned else x
+
+
+def _whitening(mean: Tensor) -> Tensor:
+    """``(mean / its mean)^-1/4``; rows or columns without curvature count as a millionth of the average."""
+    return (mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=1e-6) ** -0.25

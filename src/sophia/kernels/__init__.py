@@ -2,6 +2,7 @@
 
 single_tensor   one tensor after another, by the rule itself: any layout, dtype, tensor lr, differentiable
 foreach         few passes over lists of dense tensors of one dtype
+variants        the rules "damped" and "spectral", tensor by tensor
 fused_cpu       one pass, compiled, for float32 on a CPU
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia.kernels import foreach, fused_cpu, single_tensor
+from sophia.kernels import foreach, fused_cpu, single_tensor, variants
 
 __all__ = ["choose"]
 
@@ -23,6 +24,8 @@ def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -
     As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never
     this path) or None (choose).
     """
+    if group["rule"] != "paper":
+        return variants
     if group["differentiable"]:
         return single_tensor
     fused_allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)

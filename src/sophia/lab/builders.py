@@ -9,13 +9,27 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sophia import Sophia
+from sophia.groups import hidden_matrices
 from sophia.lab.ablated import Ablated
 from sophia.lab.borrowed import RootOfCurvature
 from sophia.lab.contender import Settings, decayed_and_not
 from sophia.lab.errors import LabError
 from sophia.lab.rivals import Lion, Pair, Signum
 
-__all__ = ["ablated", "adafactor", "adahessian", "adamw", "lion", "muon", "nadamw", "sgd", "signum", "sophia"]
+__all__ = [
+    "ablated",
+    "adafactor",
+    "adahessian",
+    "adamw",
+    "adamw_apart",
+    "lion",
+    "muon",
+    "nadamw",
+    "own_rule",
+    "sgd",
+    "signum",
+    "sophia",
+]
 
 
 def adamw(model: nn.Module, s: Settings, seed: int, **only: Any) -> Optimizer:
@@ -39,6 +53,32 @@ def sophia(model: nn.Module, s: Settings, seed: int) -> Optimizer:
         fraction=float(s["fraction"]),
         estimator=str(s["estimator"]),
         seed=seed,
+    )
+
+
+def own_rule(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Sophia with one of its own rules."""
+    return Sophia(
+        model,
+        rule=str(s["rule"]),
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        gamma=float(s["gamma"]),
+        damping=float(s["damping"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        seed=seed,
+    )
+
+
+def adamw_apart(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """AdamW with a learning rate of its own for the hidden matrices."""
+    hidden = hidden_matrices(model)
+    inner = {name for name, p in model.named_parameters() if id(p) in hidden}
+    return Pair(
+        adamw(model, s, seed, only=lambda name: name not in inner),
+        adamw(model, {**s, "lr": s["matrix_lr"]}, seed, only=lambda name: name in inner),
     )
 
 

@@ -98,6 +98,24 @@ _SOPHIA_SPACE: Space = {
     "update_every": Choice((5, 10, 20)),
     "fraction": Choice((0.25, 0.5, 1.0)),
 }
+_OWN: Settings = {
+    "lr": 8e-3,
+    "beta1": 0.9,
+    "beta2": 0.9,
+    "gamma": 0.2,
+    "damping": 0.5,
+    "weight_decay": 0.1,
+    "update_every": 10,
+    "fraction": 0.5,
+}
+_OWN_SPACE: Space = {
+    "lr": LogRange(2e-3, 5e-2),
+    "beta1": Choice((0.8, 0.9, 0.95)),
+    "gamma": LogRange(0.05, 1.0),
+    "damping": Choice((0.25, 0.5, 1.0)),
+    "weight_decay": _DECAY,
+    WARMUP: _WARMUP,
+}
 _ADAM_SPACE: Space = {
     "lr": LogRange(3e-4, 3e-2),
     "beta1": Choice((0.7, 0.8, 0.9, 0.95)),
@@ -124,6 +142,24 @@ CONTENDERS: Mapping[str, Contender] = {
             build=builders.sophia,
             defaults={**_SOPHIA, "estimator": "gnb"},
             space=_SOPHIA_SPACE,
+            state_per_parameter=8,
+            gradients=_sampled_cost,
+        ),
+        Contender(
+            name="sophia-damped",
+            title="Sophia, the damped rule (ours), Gauss-Newton-Bartlett",
+            build=builders.own_rule,
+            defaults={**_OWN, "rule": "damped"},
+            space=_OWN_SPACE,
+            state_per_parameter=8,
+            gradients=_sampled_cost,
+        ),
+        Contender(
+            name="sophia-spectral",
+            title="Sophia, the spectral rule (ours), Gauss-Newton-Bartlett",
+            build=builders.own_rule,
+            defaults={**_OWN, "rule": "spectral"},
+            space=_OWN_SPACE,
             state_per_parameter=8,
             gradients=_sampled_cost,
         ),
@@ -170,6 +206,21 @@ CONTENDERS: Mapping[str, Contender] = {
             space=_SOPHIA_SPACE,
             state_per_parameter=8,
             gradients=_ablated_cost,
+        ),
+        Contender(
+            name="adamw-apart",
+            title="AdamW with a learning rate of its own for hidden matrices (torch, fused)",
+            build=builders.adamw_apart,
+            defaults={
+                "lr": 4e-3,
+                "matrix_lr": 1e-3,
+                "beta1": 0.9,
+                "beta2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+            },
+            space={**_ADAM_SPACE, "matrix_lr": LogRange(3e-4, 1e-2)},
+            state_per_parameter=8,
         ),
         Contender(
             name="nadamw",
