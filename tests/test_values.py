@@ -193,10 +193,19 @@ def test_model_decays_matrices_only():
     assert [g["weight_decay"] for g in Sophia(nn.LayerNorm(4), weight_decay=0.2).param_groups] == [0.0]
 
 
-SIGNATURE = """model_or_params, lr=0.0006, betas=(0.96, 0.99), gamma=0.05, eps=1e-12, weight_decay=0.1, *,
-model=None, update_every=10, fraction=0.5, estimator='gnb', likelihood='categorical', mode='replay', seed=0,
+SIGNATURE = """model_or_params, lr=0.0006, betas=None, gamma=None, eps=1e-12, weight_decay=0.1, *,
+model=None, rule='paper', damping=0.5, update_every=10, fraction=0.5, estimator='gnb', likelihood='categorical', mode='replay', seed=0,
 logits_fn=None, mask_fn=None, copy_inputs=False, process_group=None, state_dtype=torch.float32,
 maximize=False, foreach=None, fused=None, capturable=False, differentiable=False"""
+
+
+def test_what_none_stands_for():
+    """The paper's numbers for the published rule, others for our own."""
+    settings = ("betas", "gamma")
+    model = nn.Linear(2, 2)
+    assert [Sophia(model).defaults[n] for n in settings] == [(0.96, 0.99), 0.05]
+    assert [Sophia(model, rule="spectral").defaults[n] for n in settings] == [(0.9, 0.9), 0.2]
+    assert Sophia(model, rule="damped", gamma=0.3, betas=(0.8, 0.7)).defaults["gamma"] == 0.3
 
 
 def test_signature():

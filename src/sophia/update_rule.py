@@ -164,7 +164,7 @@ def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
     """
     rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
     d = rows * polar(rows * u * columns) * columns
-    return d * (math.sqrt(d.numel()) / d.norm().clamp(min=torch.finfo(d.dtype).tiny))
+    return d * (math.sqrt(d.numel()) / d.norm().clamp(min=1e-30))  # a tensor of zeros does not move
 
 
 def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
@@ -190,4 +190,4 @@ def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
 
 def _whitening(mean: Tensor) -> Tensor:
     """``(mean / its mean)^-1/4``; rows or columns without curvature count as a millionth of the average."""
-    return (mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=1e-6) ** -0.25
+    return (mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=1e-6).pow(-0.25)

@@ -70,7 +70,7 @@ def test_autograd_learns_of_the_change():
 
 
 ROW = tuple(torch.zeros(3) for _ in range(4))
-NONE = {"foreach": None, "fused": None, "differentiable": False}
+NONE = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
 CHOICES = [
     # settings, lr, tensors, path with the kernel, path without
     ({}, 0.1, ROW, fused_cpu, foreach),
