@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sophia import Sophia, kernels
-from sophia.kernels import foreach, fused_cpu, single_tensor
+from sophia.kernels import foreach, fused_cpu, single_tensor, variants
 
 needs_it = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason=str(fused_cpu.unavailable()))
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1, "maximize": False}
@@ -74,6 +74,7 @@ NONE = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"
 CHOICES = [
     # settings, lr, tensors, path with the kernel, path without
     ({}, 0.1, ROW, fused_cpu, foreach),
+    ({"rule": "damped"}, 0.1, ROW, variants, variants),
     ({"fused": True}, 0.1, ROW, fused_cpu, foreach),
     ({"fused": False}, 0.1, ROW, foreach, foreach),
     ({"foreach": True}, 0.1, ROW, foreach, foreach),
