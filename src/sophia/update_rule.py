@@ -190,4 +190,5 @@ def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
 
 def _whitening(mean: Tensor) -> Tensor:
     """``(mean / its mean)^-1/4``; rows or columns without curvature count as a millionth of the average."""
-    return (mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)).clamp(min=1e-6).pow(-0.25)
+    relative = mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)
+    return torch.pow(relative.clamp(min=1e-6), -0.25)
