@@ -164,7 +164,8 @@ def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
     """
     rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
     d = rows * polar(rows * u * columns) * columns
-    return d * (math.sqrt(d.numel()) / d.norm().clamp(min=1e-30))  # a tensor of zeros does not move
+    size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
+    return d * math.sqrt(d.numel()) / size
 
 
 def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
