@@ -163,9 +163,9 @@ def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
         h: the curvature, (a, b); entries below zero count through the means alone.
     """
     rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
-    d: Tensor = rows * polar(rows * u * columns) * columns
+    d = rows * polar(rows * u * columns) * columns
     size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
-    return d * math.sqrt(d.numel()) / size
+    return torch.div(d * math.sqrt(d.numel()), size)
 
 
 def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
