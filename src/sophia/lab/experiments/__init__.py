@@ -14,7 +14,7 @@ from sophia.lab.experiments.experiment import Experiment
 
 __all__ = ["NAMES", "every", "find"]
 
-NAMES: tuple[str, ...] = ("toy-landscape", "overhead", "stability", "ablations")
+NAMES: tuple[str, ...] = ("toy-landscape", "overhead", "stability", "ablations", "half-the-steps")
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
 
