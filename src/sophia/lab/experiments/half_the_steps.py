@@ -240,6 +240,7 @@ def verdict(records: Records) -> Verdict:
 def draw(records: Records) -> Figure:
     """End losses against steps for each size; the gap against the size, with the line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
@@ -263,6 +264,9 @@ def draw(records: Records) -> Figure:
     left.plot([], [], color="#d55e00", label=CONTENDER)
     left.legend(frameon=False, fontsize=9)
     left.set(xscale="log", xlabel="steps of a whole schedule")
+    left.xaxis.set_major_locator(FixedLocator(sorted(records.values("steps"))))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    left.xaxis.set_minor_locator(NullLocator())
     left.set_title("End loss, nats a token; paler: smaller models", loc="left", fontsize=10)
     if fit := line(found):
         x = np.geomspace(min(g.parameters for g in found), PAPER["770M"], 60)
