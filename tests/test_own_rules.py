@@ -13,6 +13,7 @@ from torch import nn
 from reference import Given, array, give, noise_like, set_curvature
 from sophia import Sophia
 from sophia.groups import hidden_matrices
+from sophia.kernels import variants
 from sophia.update_rule import corrected_gamma, damped_direction, polar, spectral_direction
 
 
@@ -307,3 +308,21 @@ def test_shards_are_refused_before_anything_moves():
         optimizer.step()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_blocks_equal_the_rule_in_any_dense_layout():
+    torch.manual_seed(0)
+    shape = (300, 700)  # more than one block, the last of them short
+    for layout in (torch.zeros(shape), torch.zeros(shape[::-1]).T, torch.zeros(2, *shape)[1]):
+        pair = [layout.clone(memory_format=torch.preserve_format) for _ in range(4)]
+        for tensor, scale in zip(pair, (1.0, 1e-3, 1e-3, 1e-2), strict=True):
+            tensor.copy_(torch.randn(shape) * scale)
+        settings = {"lr": 0.1, "beta1": 0.9, "gamma": 0.2, "eps": 1e-12, "damping": 0.5, "scale": 0.3}
+        rest = {"weight_decay": 0.1, "maximize": False, "rule": "damped"}
+        fast = [[t.clone(memory_format=torch.preserve_format)] for t in pair]
+        variants.step(*fast, **settings, **rest)
+        p, g, m, h = (array(t) for t in pair)
+        m = 0.9 * m + 0.1 * g
+        p = p * (1 - 0.1 * 0.1) - 0.1 * 0.3 * damped(0.9 * m + 0.1 * g, h, 0.2, 0.5)
+        np.testing.assert_allclose(array(fast[0][0]), p, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(array(fast[2][0]), m, rtol=1e-5, atol=1e-9)

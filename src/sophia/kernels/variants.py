@@ -1,15 +1,23 @@
-"""The rules "damped" and "spectral" of ``update_rule.py``, in place, one tensor after another."""
+"""The rules "damped" and "spectral" of ``update_rule.py``, in place, one tensor after another.
+
+Dense tensors under the damped rule are walked through in blocks that stay in a core's cache: once for m and
+the rms of u, once for the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from sophia.kernels import foreach
 from sophia.update_rule import average_gradient, damped_direction, look_ahead, spectral_direction
 
 __all__ = ["step"]
+
+_BLOCK = 2**16  # elements, as in foreach.py
 
 
 def step(
@@ -32,20 +40,55 @@ def step(
 
     A tensor that is no matrix is moved by the damped rule, whatever ``rule`` says.
     """
-    for param, grad, exp_avg, hessian in zip(params, grads, exp_avgs, hessians, strict=True):
+    for row in zip(params, grads, exp_avgs, hessians, strict=True):
+        spectral = rule == "spectral" and row[0].ndim == 2
+        plain = spectral or maximize or isinstance(lr, Tensor) or torch.is_grad_enabled()
+        if not plain and row[0].device.type == "cpu" and foreach.applies(*row):
+            decay = 1 - lr * weight_decay
+            _damped_in_blocks(*row, lr * scale, beta1, gamma, eps, damping, decay)
+            continue
+        param, grad, exp_avg, hessian = row
         wide = torch.promote_types(param.dtype, exp_avg.dtype)
         g = (-grad if maximize else grad).to(wide)
-        m, h = exp_avg.to(wide), hessian.to(wide)
-        if torch.is_grad_enabled():
-            m = average_gradient(m, g, beta1=beta1)
-        else:
-            m = m.lerp_(g, 1 - beta1)
-        u = look_ahead(m, g, beta1=beta1)
-        if rule == "spectral" and param.ndim == 2:
+        m = average_gradient(exp_avg.to(wide), g, beta1=beta1)
+        u, h = look_ahead(m, g, beta1=beta1), hessian.to(wide)
+        if spectral:
             direction = spectral_direction(u, h)
         else:
             direction = damped_direction(u, h, gamma=gamma, eps=eps, damping=damping)
-        theta = param.to(wide, copy=torch.is_grad_enabled())
+        theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before copy_ below
         theta = theta * (1 - lr * weight_decay) - lr * scale * direction
         exp_avg.copy_(m)
         param.copy_(theta)
+
+
+def _damped_in_blocks(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    hessian: Tensor,
+    lr: float,
+    beta1: float,
+    gamma: float,
+    eps: float,
+    damping: float,
+    decay: float,
+) -> None:
+    squares = 0.0
+    for m, g in _blocks(exp_avg, grad):
+        m.lerp_(g, 1 - beta1)
+        u = m.lerp(g, 1 - beta1)
+        squares += float(torch.dot(u, u))
+    floor = max(damping * math.sqrt(squares / max(param.numel(), 1)), eps)
+    for p, g, m, h in _blocks(param, grad, exp_avg, hessian):
+        u = m.lerp(g, 1 - beta1)
+        # For d > 0, clip(u / d, 1) = u / max(d, |u|).
+        d = torch.mul(h, gamma).clamp_min_(floor)
+        torch.maximum(d, u.abs(), out=d)
+        p.mul_(decay).addcdiv_(u, d, value=-lr)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    # Dense tensors of equal strides: walking them in storage order pairs the same coordinates.
+    flat = [t.detach().as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors]
+    return zip(*(f.split(_BLOCK) for f in flat), strict=True)
