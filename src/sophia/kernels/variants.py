@@ -42,10 +42,9 @@ def step(
     """
     for row in zip(params, grads, exp_avgs, hessians, strict=True):
         spectral = rule == "spectral" and row[0].ndim == 2
-        plain = spectral or maximize or isinstance(lr, Tensor) or torch.is_grad_enabled()
-        if not plain and row[0].device.type == "cpu" and foreach.applies(*row):
-            decay = 1 - lr * weight_decay
-            _damped_in_blocks(*row, lr * scale, beta1, gamma, eps, damping, decay)
+        dense = row[0].device.type == "cpu" and foreach.applies(*row) and not torch.is_grad_enabled()
+        if dense and not (spectral or maximize or isinstance(lr, Tensor)):
+            _damped_in_blocks(*row, lr * scale, beta1, gamma, eps, damping, 1 - lr * weight_decay)
             continue
         param, grad, exp_avg, hessian = row
         wide = torch.promote_types(param.dtype, exp_avg.dtype)
@@ -91,4 +90,4 @@ def _damped_in_blocks(
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     # Dense tensors of equal strides: walking them in storage order pairs the same coordinates.
     flat = [t.detach().as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors]
-    return zip(*(f.split(_BLOCK) for f in flat), strict=True)
+    return zip(*(torch.split(f, _BLOCK) for f in flat), strict=True)
