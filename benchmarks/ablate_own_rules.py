@@ -1,0 +1,101 @@
+"""What each part of the spectral and the damped rule is worth: one part at a time taken out, over paired seeds.
+
+    python benchmarks/ablate_own_rules.py PROTOCOL.toml OUT.jsonl [STEPS]
+
+The settings are those of the protocol for both rules. Appends a line for each run to OUT.jsonl as it ends; a
+run that is in the file is not made again. One thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sophia import optimizer, update_rule
+from sophia.kernels import variants
+from sophia.lab import corpus, protocol_files, tokens, training, vocabulary
+from sophia.lab.config import Data
+
+# name: contender, settings put over the protocol's, (module, name, what stands there instead)
+PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
+    "spectral": ("sophia-spectral", {}, []),
+    "no whitening of the matrices by h": (
+        "sophia-spectral",
+        {},
+        [(update_rule, "_whitening", torch.ones_like)],
+    ),
+    "no orthogonalisation": ("sophia-spectral", {}, [(update_rule, "polar", lambda x: x)]),
+    "no h outside the matrices": ("sophia-spectral", {"gamma": 1e-9}, []),
+    "no damping": ("sophia-spectral", {"damping": 0.0}, []),
+    "no look-ahead": ("sophia-spectral", {}, [(variants, "look_ahead", lambda m, g, beta1: m)]),
+    "no correction of m and h": (
+        "sophia-spectral",
+        {},
+        [(optimizer, "corrected_gamma", lambda gamma, **_: gamma)],
+    ),
+    "damped": ("sophia-damped", {}, []),
+    "damped, no damping": ("sophia-damped", {"damping": 0.0}, []),
+    "damped, no h": ("sophia-damped", {"gamma": 1e-9}, []),
+}
+
+
+@contextmanager
+def instead(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Take parts out; the path in blocks, which has them built in, stands aside."""
+    with mock.patch.object(variants.foreach, "applies", lambda *row: False):
+        patches = [mock.patch.object(*replacement) for replacement in replacements]
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def main(protocol_file: Path, out: Path, steps: int) -> None:
+    """Run what is missing, part by part within a seed."""
+    protocol = protocol_files.load(protocol_file)
+    text = corpus.load(protocol.data)
+    ids = tokens.encode(text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {(row["part"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    for seed in protocol.seeds:
+        for part, (contender, settings, replacements) in PARTS.items():
+            if (part, seed, steps) in done:
+                continue
+            run = protocol.run(
+                contender,
+                data=Data(text.name, text.sha256, vocabulary.SHA256),
+                seed=seed,
+                steps=steps,
+                device="cpu",
+            )
+            named = dataclasses.replace(run.optimizer, settings={**run.optimizer.settings, **settings})
+            run = dataclasses.replace(run, optimizer=named)
+            with tempfile.TemporaryDirectory() as folder, instead(replacements):
+                result = training.train(run, Path(folder), ids)
+            row = {
+                "part": part,
+                "seed": seed,
+                "steps": steps,
+                "loss": result["loss"],
+                "settings": named.settings,
+            }
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{part}, seed {seed}: {result['loss']}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 200)
