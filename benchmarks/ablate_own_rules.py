@@ -1,4 +1,4 @@
-"""What each part of the spectral and the damped rule is worth: one part at a time taken out, over paired seeds.
+"""What each part of the spectral and the damped rule is worth: one at a time taken out, over paired seeds.
 
     python benchmarks/ablate_own_rules.py PROTOCOL.toml OUT.jsonl [STEPS]
 
@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
 @contextmanager
 def instead(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Take parts out; the path in blocks, which has them built in, stands aside."""
-    with mock.patch.object(variants.foreach, "applies", lambda *row: False):
+    with mock.patch.object(variants.foreach, "applies", return_value=False):
         patches = [mock.patch.object(*replacement) for replacement in replacements]
         for patch in patches:
             patch.start()
