@@ -1,4 +1,4 @@
-"""One real training step of a recipe's model, on this machine's CPU: does it build, learn, and fit the forecast?
+"""One real training step of a recipe's model on this machine's CPU: does it build, and fit the forecast?
 
     python benchmarks/one_step.py [--recipe gpt2-125m] [--contender sophia-g] [--tokens 256] [--json FILE]
 

@@ -265,7 +265,8 @@ def draw(records: Records) -> Figure:
     right.imshow(values, cmap="Greys", aspect="auto", vmin=-0.2, vmax=0.6)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            right.text(j, i, f"{value:+.3f}", ha="center", va="center", fontsize=10)
+            words = f"{value:+.3f}" if value == value else ""  # not run yet, or diverged
+            right.text(j, i, words, ha="center", va="center", fontsize=10)
     right.set_xticks(range(len(BETA2S)), [f"{b:g}" for b in BETA2S])
     right.set_yticks(range(len(GAMMAS)), [f"x {g:g}" for g in GAMMAS])
     right.set(xlabel="beta2", ylabel="gamma")
