@@ -23,6 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# torch.compile must not trace the hooks: recording is a side effect, which a graph would bake in. The public
+# torch.compiler.disable is the same, but imports the compiler as soon as this file is read.
+from torch._compile import _disable_dynamo as untraced
+
 from sophia.guards import SophiaWarning
 from sophia.likelihoods import Likelihood
 from sophia.outputs import find_logits, tensors_in
@@ -99,7 +103,6 @@ class Recorder:
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
         self._fits: bool | None = None  # whether the loss looks like the likelihood's; None until seen once
-        _keep_out_of_graphs()
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
@@ -128,6 +131,12 @@ class Recorder:
         """Forward pre-hook: note the inputs before the model can change them."""
         if in_sandbox() or not (self.active and model.training and torch.is_grad_enabled()):
             return
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
+                "of the model and a part of the batch: their forwards cannot be run again on this one. Start "
+                "one process a device (torchrun, DistributedDataParallel), or show one device to this one"
+            )
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
         self._pending = (args, dict(kwargs))
@@ -195,12 +204,11 @@ class _Hook:
     nothing.
     """
 
-    untraced = False
-
     def __init__(self, recorder: Recorder | None, moment: str) -> None:
         self._recorder = None if recorder is None else weakref.ref(recorder)
         self._moment = moment
 
+    @untraced
     def __call__(self, *arguments: Any) -> None:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is not None:
@@ -213,16 +221,6 @@ class _Hook:
         return _Hook, (None, self._moment)
 
 
-def _keep_out_of_graphs() -> None:
-    """Keep torch.compile from tracing the hooks: recording is a side effect that a graph would bake in.
-
-    Done when the first model is attached, because ``torch.compiler.disable`` imports the compiler.
-    """
-    if not _Hook.untraced:
-        _Hook.__call__ = torch.compiler.disable(_Hook.__call__)  # type: ignore[method-assign, no-untyped-call]
-        _Hook.untraced = True
-
-
 class _Listener:
     """Reads from the gradient of the logits which predictions count. Weak: it must not keep the recording, or
     the graph, alive.
@@ -231,6 +229,7 @@ class _Listener:
     def __init__(self, recording: Recording, recorder: Recorder) -> None:
         self._recording, self._recorder = weakref.ref(recording), weakref.ref(recorder)
 
+    @untraced
     def __call__(self, gradient: Tensor | None) -> None:
         recording, recorder = self._recording(), self._recorder()
         if recording is None or recorder is None or gradient is None:
@@ -246,6 +245,7 @@ class _Arrival:
     def __init__(self, recording: Recording) -> None:
         self._recording = weakref.ref(recording)
 
+    @untraced
     def __call__(self, gradient: Tensor | None) -> None:
         recording = self._recording()
         if recording is not None:

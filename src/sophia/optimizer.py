@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
 from sophia.attach import Recorder
 from sophia.curvature import Estimator, estimator_named
@@ -25,12 +26,16 @@ from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.sharding import check_whole, is_dtensor, local
 from sophia.state import check_origin, new_state, restore_state
 from sophia.update_rule import corrected_gamma
+from sophia.wrappers import unwrapped
 
 __all__ = ["Sophia"]
 
 # By whether the rule is the published one: its values are the paper's, the others' those of docs/research.md.
 _BETAS = {True: (0.96, 0.99), False: (0.9, 0.9)}
 _GAMMA = {True: 0.05, False: 0.2}
+
+_Work = tuple[ModuleType, tuple[list[Tensor], ...], dict[str, Any], bool]
+"""A kernel, the four lists of tensors and the settings that it is called with, and whether under a graph."""
 
 
 class Sophia(torch.optim.Optimizer):
@@ -244,15 +249,9 @@ class Sophia(torch.optim.Optimizer):
         Raises:
             RuntimeError: some of the optimizer's parameters are not the model's.
         """
-        inner, group = model, self.process_group
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner, group = model.module, model.process_group if group is None else group
-            if getattr(model, "mixed_precision", None) is not None:
-                raise RuntimeError(
-                    "DistributedDataParallel(mixed_precision=...) frees its half-precision parameters "
-                    "after the backward, so a forward cannot be run again. Use torch.autocast, or "
-                    "fully_shard with a MixedPrecisionPolicy"
-                )
+        inner, group = unwrapped(model)
+        if self.process_group is not None:
+            group = self.process_group
         if self.mode == "replay":
             check_ownership(self._parameters(), inner)
         self.detach()
@@ -297,6 +296,20 @@ class Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Under torch.compile the arithmetic alone is in the graph: the books and the refresh change what a
+        # graph would bake in. (And a dict with tensors as keys, which torch.optim's state is, is traced
+        # wrongly: all parameters would have the state of one.)
+        for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
+            with torch.set_grad_enabled(differentiable):
+                kernel.step(*columns, **settings)
+        return loss
+
+    @untraced
+    def _prepared(self, compiling: bool) -> list[_Work]:
+        """Refresh h if it is due and turn the books; return what is left to do, as lists for the kernels.
+
+        Nothing for the call with which ``torch.distributed.checkpoint`` asks for empty state.
+        """
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -306,18 +319,17 @@ class Sophia(torch.optim.Optimizer):
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     self._state_of(parameter)
-            return loss
+            return []
         with torch.no_grad():
             if self.mode == "replay":
                 self._refresh_if_due()
         for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
             self._warn_if_stale(group)
+        work = [part for group in self.param_groups for part in self._work_of(group, compiling)]
         for group in self.param_groups:
-            with torch.set_grad_enabled(group["differentiable"]):
-                self._update(group)
             group["step"] += 1
         self._listen()
-        return loss
+        return work
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step
@@ -330,18 +342,10 @@ class Sophia(torch.optim.Optimizer):
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         return bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
 
-    def _update(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            # A tensor lr exists so that graphs and compiled steps need no new lr baked in; elsewhere a number
-            # is faster.
-            lr = (
-                lr.reshape(())
-                if group["capturable"] or group["differentiable"] or lr.requires_grad
-                else lr.item()
-            )
+    def _work_of(self, group: dict[str, Any], compiling: bool) -> Iterator[_Work]:
+        """The parameters of a group that have a gradient, in lists of one kernel, device and dtype."""
         settings = {
-            "lr": lr,
+            "lr": _lr_for_the_kernel(group, compiling and group["rule"] == "paper"),
             "beta1": float(group["betas"][0]),
             "gamma": _gamma(group),
             "eps": float(group["eps"]),
@@ -358,11 +362,11 @@ class Sophia(torch.optim.Optimizer):
             row: tuple[Tensor, ...] = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
             if is_dtensor(parameter) and not group["differentiable"]:
                 row = self._shards(*row)
-            key = (choose(group, lr, row), row[0].device, row[0].dtype)
+            key = (choose(group, settings["lr"], row), row[0].device, row[0].dtype)
             for column, tensor in zip(lists.setdefault(key, ([], [], [], [])), row, strict=True):
                 column.append(tensor)
         for (kernel, _, _), columns in lists.items():
-            kernel.step(*columns, **settings)
+            yield kernel, columns, settings, bool(group["differentiable"])
 
     @staticmethod
     def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -374,6 +378,7 @@ class Sophia(torch.optim.Optimizer):
             gradient = gradient.redistribute(whole.device_mesh, whole.placements)  # type: ignore[attr-defined]
         return tuple(map(local, (parameter, gradient, *state)))
 
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also forgets recorded forwards whose gradients go with it (a step that a scaler
         skipped).
@@ -619,6 +624,15 @@ def _gamma(group: dict[str, Any]) -> float:
         return gamma
     taken = group["step"] - group["joined"]
     return corrected_gamma(gamma, betas=group["betas"], step=taken + 1, refreshes=group["refreshes"])
+
+
+def _lr_for_the_kernel(group: Mapping[str, Any], compiling: bool) -> float | Tensor:
+    """A tensor where a number would be baked into a graph, else a number, which is faster."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        stays = compiling or group["capturable"] or group["differentiable"] or lr.requires_grad
+        return lr.reshape(()) if stays else lr.item()
+    return torch.tensor(lr, dtype=torch.float64) if compiling and not group["differentiable"] else lr
 
 
 def _number(value: float | Tensor) -> float:

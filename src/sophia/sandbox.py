@@ -39,9 +39,8 @@ def sandbox(
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
                 f"a parameter of shape {tuple(parameter.shape)} has a post-accumulate-grad hook (an "
-                "optimizer in the backward?). It would "
-                "fire during the Hessian pass and take the sampled gradient for the training gradient. "
-                "Remove the hook"
+                "optimizer in the backward?). It would fire during the Hessian pass and take the sampled "
+                "gradient for the training gradient. Remove the hook, and call step() after the backward"
             )
     saved = [parameter.grad for parameter in parameters]
     contents = [gradient.clone() if copies and gradient is not None else None for gradient in saved]

@@ -26,7 +26,44 @@ from torch import Tensor, nn
 
 from sophia.sharding import is_dtensor
 
-__all__ = ["Wrapping", "full_ndims", "reducing", "wrapping_of"]
+__all__ = ["Wrapping", "full_ndims", "reducing", "unwrapped", "wrapping_of"]
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The module inside wrappers that pass the call on, which is the one to run again, and the process group
+    of ``DistributedDataParallel``, None without.
+
+    Raises:
+        RuntimeError: a wrapper inside which a forward cannot be run again.
+    """
+    group = None
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if _is_fabric(model) or _is_fabric(compiled):
+            # Its outputs accept fabric.backward() alone; and Fabric puts a compiled module outside of itself.
+            fabric: Any = model if compiled is None else compiled
+            model = fabric._forward_module
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            if getattr(model, "mixed_precision", None) is not None:
+                raise RuntimeError(
+                    "DistributedDataParallel(mixed_precision=...) frees its half-precision parameters "
+                    "after the backward, so a forward cannot be run again. Use torch.autocast, or "
+                    "fully_shard with a MixedPrecisionPolicy"
+                )
+            model, group = model.module, model.process_group
+        elif isinstance(model, nn.DataParallel):
+            model = model.module  # with several devices, the recorder refuses the copies that it makes
+        elif any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__):
+            engine: Any = model
+            model = engine.module
+        else:
+            return model, group
+
+
+def _is_fabric(model: Any) -> bool:
+    return isinstance(model, nn.Module) and {"_forward_module", "_original_module"} <= (
+        model.__dict__.keys() | model._modules.keys()
+    )
 
 
 @dataclass(frozen=True)

@@ -90,19 +90,21 @@ def _close_all() -> None:
     _teams.clear()
 
 
-def run(size: int, function, **arguments) -> list:
+def run(size: int, function, *, within: float = CASE_SECONDS, **arguments) -> list:
     """Run ``function(**arguments)`` on every rank of a team; what each returned; else RankFailed."""
-    answers = failures(size, function, keep_if_ok=True, **arguments)
+    answers = failures(size, function, keep_if_ok=True, within=within, **arguments)
     if any(kind != "ok" for kind, _ in answers):
         raise RankFailed("\n".join(f"rank {r} {kind}: {value}" for r, (kind, value) in enumerate(answers)))
     return [value for _, value in answers]
 
 
-def failures(size: int, function, *, keep_if_ok: bool = False, **arguments) -> list[tuple[str, object]]:
+def failures(
+    size: int, function, *, keep_if_ok: bool = False, within: float = CASE_SECONDS, **arguments
+) -> list[tuple[str, object]]:
     """As ``run``, for cases in which ranks are to fail: the kind of each rank's answer, and the text."""
     if size not in _teams:
         _teams[size] = Team(size)
-    answers = _teams[size].answers(function, **arguments)
+    answers = _teams[size].answers(function, seconds=within, **arguments)
     if not keep_if_ok or any(kind != "ok" for kind, _ in answers):
         _teams.pop(size).close()
     return answers

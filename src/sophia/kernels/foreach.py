@@ -82,10 +82,14 @@ def step(
 
 
 def _pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """The lists whole on an accelerator; on a CPU, tuples of blocks, small tensors gathered into one list."""
+    """The lists whole on an accelerator or in a graph; on a CPU, tuples of blocks, small tensors gathered in
+    one list.
+    """
     if not lists[0]:
         return
-    if lists[0][0].device.type != "cpu":
+    if (
+        lists[0][0].device.type != "cpu" or torch.compiler.is_compiling()
+    ):  # a compiler fuses the passes itself
         yield tuple(list(tensors) for tensors in lists)
         return
     gathered: tuple[list[Tensor], ...] = tuple([] for _ in lists)

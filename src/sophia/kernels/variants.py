@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced
 
 from sophia.kernels import foreach
 from sophia.update_rule import average_gradient, damped_direction, look_ahead, spectral_direction
@@ -20,6 +21,7 @@ __all__ = ["step"]
 _BLOCK = 2**16  # elements, as in foreach.py
 
 
+@untraced  # torch.compile would make a graph for every step: the corrected gamma is another number each time
 def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
