@@ -7,7 +7,7 @@ from pages import FOLDER, examples
 
 PAGES = sorted(path.name for path in FOLDER.glob("*.md"))
 EXAMPLES = [(page, title) for page in PAGES for title in examples(page)]
-TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+TESTS = " ".join("".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py")).split())
 
 
 @pytest.mark.parametrize("page", PAGES)
