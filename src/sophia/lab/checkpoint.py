@@ -21,7 +21,7 @@ import torch
 from sophia.lab.errors import LabError
 from sophia.lab.files import write_atomically
 
-__all__ = ["DamagedCheckpoint", "load", "random_state", "readable", "restore_random_state", "save"]
+__all__ = ["DamagedCheckpoint", "exists", "load", "random_state", "readable", "restore_random_state", "save"]
 
 State = dict[str, Any]
 
@@ -49,6 +49,11 @@ def save(folder: Path, state: State) -> None:
     if current.exists():
         os.replace(current, folder / _PREVIOUS)
     os.replace(fresh, current)
+
+
+def exists(folder: Path) -> bool:
+    """Whether anything was ever saved here."""
+    return any((folder / name).exists() for name in (_CURRENT, _PREVIOUS))
 
 
 def load(folder: Path) -> State | None:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sophia.lab import trunks
 from sophia.lab.config import Run
 from sophia.lab.workers import Events
 
@@ -24,7 +25,8 @@ class Display(Events):
         """``done`` holds the hashes of the runs that had ended before."""
         self._console = console
         self._workers = workers
-        self._total = sum(run.steps for run in runs)
+        self._total = trunks.steps_to_do(runs)
+        self._shared = {b.run.hash: b.at for group in trunks.branches(runs).values() for b in group}
         self._steps = {run.hash: run.steps if run.hash in done else 0 for run in runs}
         self._first: dict[str, int] = {}
         self._planned: dict[str, int] = {}
@@ -42,8 +44,13 @@ class Display(Events):
             TextColumn("{task.percentage:>3.0f}%"),
             expand=True,
         )
-        self._task = self._bar.add_task("starting", total=self._total, completed=sum(self._steps.values()))
+        self._task = self._bar.add_task("starting", total=self._total, completed=self._done)
         self._live = Live(get_renderable=self._view, console=console, refresh_per_second=2, transient=True)
+
+    @property
+    def _done(self) -> int:
+        """Steps that were done; those that a run has from its trunk were done there."""
+        return sum(max(0, steps - self._shared.get(run, 0)) for run, steps in self._steps.items())
 
     def __enter__(self) -> Display:
         self._live.__enter__()
@@ -55,7 +62,7 @@ class Display(Events):
     def progress(self, run: Run, step: int, loss: float, unclipped: float | None) -> None:
         """Remember how far it is, and estimate the time left from the pace so far."""
         self._steps[run.hash] = step
-        done = sum(self._steps.values())
+        done = self._done
         if self._began is None:  # the start of the workers would make the pace look slower than it is
             self._began, self._began_at = time.monotonic(), done
         self._now[run.optimizer.contender] = (run, loss, unclipped)
@@ -70,7 +77,7 @@ class Display(Events):
         self._steps[run.hash] = run.steps
         name = run.optimizer.contender
         self._ended[name] += 1
-        self._bar.update(self._task, completed=sum(self._steps.values()))
+        self._bar.update(self._task, completed=self._done)
         if result["status"] == "finished":
             loss, bits = result["loss"], result["bits_per_byte"]
             how = f"loss {loss:.4f}, {bits:.4f} bits per byte, {result['seconds']:.0f} s"

@@ -150,7 +150,9 @@ class Protocol:
         entry, over = self.contenders[label], dict(over or {})
         own = self.schedule.warmup if entry.warmup is None else entry.warmup
         warmup = float(over.pop(WARMUP, own))
-        of = min(self.budgets) if self.schedule.kind == "wsd" else steps
+        trunk = self.schedule.kind == "wsd"  # then budgets differ in where they decay, and in nothing before
+        of = min(self.budgets) if trunk else steps
+        evaluated = max(self.budgets) if trunk else steps
         return Run(
             data=data,
             optimizer=Optimizer(label, self.row(label).settings({**entry.settings, **over})),
@@ -162,7 +164,7 @@ class Protocol:
                 decay=self.schedule.decay,
             ),
             evaluation=config.Evaluation(
-                every=max(1, round(steps / self.evaluation.times)), sequences=self.evaluation.sequences
+                every=max(1, round(evaluated / self.evaluation.times)), sequences=self.evaluation.sequences
             ),
             steps=steps,
             batch=self.batch,

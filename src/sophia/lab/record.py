@@ -29,7 +29,7 @@ class Record:
     def __init__(self, runs: Path, config: Run) -> None:
         self.config = config
         self.folder = runs / checked_name(config.hash, what="run")
-        self._log = self.folder / "log.jsonl"
+        self.log = self.folder / "log.jsonl"
 
     def open(self) -> None:
         """Make the folder, or check that the one that is there belongs to this configuration."""
@@ -60,7 +60,7 @@ class Record:
     def attempt(self, **what: int | str) -> None:
         """Note that the run was started, and where, or that it failed, and why."""
         with (
-            out_of_space_named(self._log),
+            out_of_space_named(self.log),
             (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(what) + "\n")
@@ -68,12 +68,12 @@ class Record:
     def append(self, row: dict[str, Any]) -> None:
         """Add a row to the log."""
         line = json.dumps(plain(row), allow_nan=False) + "\n"
-        with out_of_space_named(self._log), self._log.open("a", encoding="utf-8") as file:
+        with out_of_space_named(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def sync(self) -> int:
         """Bring the log to the disk and return its length in bytes, to be kept in a checkpoint."""
-        with out_of_space_named(self._log), self._log.open("ab") as file:
+        with out_of_space_named(self.log), self.log.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -81,7 +81,7 @@ class Record:
         """Drop what was logged after a checkpoint: those steps are done again, and rows are neither lost nor
         repeated.
         """
-        with self._log.open("ab") as file:
+        with self.log.open("ab") as file:
             if file.tell() < length:
                 raise LabError(
                     f"The log of the run {self.folder.name} is shorter than at its checkpoint, so it was "

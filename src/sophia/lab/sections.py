@@ -36,7 +36,9 @@ class Evaluation:
     """How the loss on held-out text is measured."""
 
     times: int = 8
-    """Evaluations of a run after the one at step 0, evenly spaced."""
+    """Evaluations of a run after the one at step 0, evenly spaced. With a "wsd" schedule, of the longest run:
+    the shorter ones are evaluated at the same steps, and at their end.
+    """
     sequences: int = 512
     """Held-out sequences, the same at every evaluation of every run."""
 

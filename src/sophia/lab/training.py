@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sophia.lab import checkpoint, contender, contenders, environment, models, schedules
+from sophia.lab import checkpoint, contender, contenders, environment, models, schedules, trunks
 from sophia.lab.config import Run
 from sophia.lab.errors import Stopped, UsageError
 from sophia.lab.files import locked
@@ -20,6 +20,7 @@ from sophia.lab.record import Record, Silent
 from sophia.lab.signals import Request
 from sophia.lab.team import Solo
 from sophia.lab.tokens import Tokens, bits_per_byte
+from sophia.lab.trunks import Branch
 
 __all__ = ["Progress", "train"]
 
@@ -46,21 +47,30 @@ def train(
     team: Solo | None = None,
     recompute: bool = False,
     keep: bool = False,
+    branches: Sequence[Branch] = (),
 ) -> dict[str, Any]:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
 
     Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``. With a
     ``team`` of several processes each of them calls it, on one folder, and the first writes. ``recompute``
     trades the activations of the blocks for a second forward; it changes no number. ``keep`` saves the
-    trained model, as the last checkpoint.
+    trained model, as the last checkpoint. ``branches`` are planted on the way (see ``sophia.lab.trunks``), by
+    a run of one process.
     """
     team = Solo() if team is None else team
+    if branches and team.size > 1:
+        raise UsageError(
+            f"{len(branches)} runs are to branch off one of {team.size} processes, and only a run of one "
+            "process can plant them. Train each budget by itself."
+        )
     record = Record(runs, config) if team.rank == 0 else Silent(runs, config)
     with locked(record.folder, what="run") if team.rank == 0 else contextlib.nullcontext():
         if (result := record.result()) is None:
             record.open()
             request = Request() if stop is None else stop  # a request that was not made yet is false
-            result = _train(config, record, tokens, save_every, request, report, team, recompute, keep)
+            result = _train(
+                config, record, tokens, save_every, request, report, team, recompute, keep, branches
+            )
             record.finish(result)
     return result
 
@@ -75,6 +85,7 @@ def _train(
     team: Solo,
     recompute: bool,
     keep: bool,
+    branches: Sequence[Branch],
 ) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     device = team.device(config.device)
@@ -107,26 +118,32 @@ def _train(
         step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
         clipped_before, clipped = state.get("clipped_before", 0), state.get("clipped", 0)
         clock = _Clock(state["seconds"], state["cpu_seconds"])
+    shared = state.get("trunk") if state is not None else None  # the part that another run has trained
     record.cut(state["log"] if state is not None else 0)
     record.attempt(from_step=step)
 
-    def save() -> None:
+    def save(folder: Path, log: int, trunk: Mapping[str, Any] | None) -> None:
         team.save(
-            record.folder,
+            folder,
             model,
             optimizer,
             {
                 "random": checkpoint.random_state(),
                 "step": step,
-                "log": record.sync(),
+                "log": log,
                 "loss_sum": loss_sum,
                 "loss_count": loss_count,
                 "clipped_before": clipped_before,
                 "clipped": clipped,
                 "seconds": clock.seconds,
                 "cpu_seconds": clock.cpu_seconds,
+                **({} if trunk is None else {"trunk": dict(trunk)}),
             },
         )
+
+    def plant(folder: Path, log: int) -> None:
+        part = trunks.part(record, steps=step, seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
+        save(folder, log, part)
 
     def evaluate() -> float:
         rows = max(1, config.batch // (parts * team.size))
@@ -155,6 +172,7 @@ def _train(
             "state_bytes": contender.state_bytes(optimizer),
             "unclipped": sum(shares) / len(shares) if shares else None,
             "gradient_clipped": (clipped_before + clipped) / step if step else None,
+            **({} if shared is None else {"trunk": shared}),
             "environment": {
                 **environment.describe(threads=config.threads, device=config.device),
                 **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
@@ -213,15 +231,18 @@ def _train(
             loss_at_end = evaluate()
             if not math.isfinite(loss_at_end):
                 return end("diverged", None)
+        for branch in branches:
+            if branch.at == step:  # before the trunk saves itself: what it has passed is planted
+                trunks.plant(branch, record, plant)
         if team.agreed(bool(stop)) and step < config.steps:
-            save()
+            save(record.folder, record.sync(), shared)
             raise Stopped(
                 f"Stopped at step {step} of {config.steps}; the state is saved.", signal=stop.signal or 0
             )
         if step % save_every == 0 and step < config.steps:
-            save()
+            save(record.folder, record.sync(), shared)
     if keep:
-        save()
+        save(record.folder, record.sync(), shared)
     return end("finished", loss_at_end)
 
 

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sophia.lab import trunks
 from sophia.lab.config import Run
 from sophia.lab.errors import LabError, Stopped
 from sophia.lab.record import Record
@@ -66,6 +67,8 @@ def execute(
 ) -> None:
     """Do all runs, in order, ``workers`` at a time. Their data must be in the cache of tokens.
 
+    A run that shares its first part with a longer one waits until that has passed the place where they part.
+
     Raises ``Stopped`` if a signal asked for it, after every worker has saved its state; ``LabError`` at the
     end if runs failed, after the others are done.
     """
@@ -73,6 +76,15 @@ def execute(
     attempts: collections.Counter[str] = collections.Counter()
     failures: list[str] = []
     crew: list[_Worker] = []
+    leaving = trunks.branches(configs)
+    trunk_of = {branch.run.hash: trunk for trunk, group in leaving.items() for branch in group}
+
+    def following() -> Run | None:
+        pending = {run.hash for run in (*todo, *(w.run for w in crew)) if run is not None}
+        for run in todo:
+            if trunk_of.get(run.hash) not in pending or trunks.planted(runs, run):
+                return run
+        return None
 
     def kill() -> None:
         for worker in crew:
@@ -87,9 +99,11 @@ def execute(
                     todo.clear()
                     for worker in crew:
                         worker.process.terminate()  # it finishes its step and saves
-                while todo and (idle := _idle(crew, workers, runs, save_every)) is not None:
-                    idle.run = todo.popleft()
-                    idle.connection.send(to_json(idle.run))
+                while (chosen := following()) and (idle := _idle(crew, workers, runs, save_every)):
+                    todo.remove(chosen)
+                    idle.run = chosen
+                    group = [(to_json(b.run), b.at) for b in leaving.get(chosen.hash, ())]
+                    idle.connection.send((to_json(chosen), group))
                 for ready in wait([w.connection for w in crew if w.run], timeout=0.2):
                     worker = next(w for w in crew if w.connection is ready)
                     run = worker.run
@@ -183,14 +197,17 @@ def _work(connection: Connection, runs: Path, save_every: int) -> None:
 
         while not stop:
             try:
-                run = from_json(Run, connection.recv())
+                planned, group = connection.recv()
+                run = from_json(Run, planned)
+                branches = [trunks.Branch(from_json(Run, config), at) for config, at in group]
             except (EOFError, OSError):
                 return
             try:
                 tokens = open_cached(run.data.text)
                 if tokens is None:
                     raise LabError("the encoded text is gone from the cache; give the same command again")
-                send("ended", train(run, runs, tokens, save_every=save_every, stop=stop, report=report))
+                options = {"save_every": save_every, "stop": stop, "report": report, "branches": branches}
+                send("ended", train(run, runs, tokens, **options))
             except Stopped:
                 send("stopped")
             except LabError as error:
