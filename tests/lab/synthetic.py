@@ -31,6 +31,12 @@ class Planted:
     budgets: Sequence[int] = (300, 600)
     rest: float = 0.008
     shared: float = 0.012
+    common: float = 0.0
+    """Correlation of `rest` between the budgets of one contender and seed, as runs with one trunk have it."""
+    wsd: bool = False
+    """Whether the records say that budgets share their trunk."""
+    h: bool = True
+    """Whether Sophia's rows say how its curvature is distributed."""
     diverged: frozenset[tuple[str, int, int]] = frozenset()
     missing: frozenset[tuple[str, int, int]] = frozenset()
     unfinished: frozenset[tuple[str, int, int]] = frozenset()
@@ -43,12 +49,14 @@ def planted_ends(planted: Planted, rng: np.random.Generator) -> dict[tuple[str, 
     ends = {}
     for seed in planted.seeds:
         common = rng.normal()
+        trunk = {name: rng.normal() for name in planted.efficiency} if planted.common else {}
         for budget in planted.budgets:
             shared = planted.shared * (common + rng.normal()) / np.sqrt(2)
             for name, share in planted.efficiency.items():
-                ends[name, budget, seed] = float(
-                    end_loss(share * budget) + shared + planted.rest * rng.normal()
-                )
+                own = rng.normal()
+                if trunk:
+                    own = np.sqrt(planted.common) * trunk[name] + np.sqrt(1 - planted.common) * own
+                ends[name, budget, seed] = float(end_loss(share * budget) + shared + planted.rest * own)
     return ends
 
 
@@ -60,7 +68,7 @@ def write_comparison(folder: Path, planted: Planted | None = None, *, seed: int 
     listed = []
     for (name, budget, run_seed), loss in ends.items():
         key = (name, budget, run_seed)
-        run = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        run = run_name(key)
         listed.append({"contender": name, "seed": run_seed, "steps": budget, "run": run})
         if key not in planted.missing:
             _write_run(folder / "runs" / run, key, loss, planted, rng)
@@ -76,6 +84,22 @@ def write_comparison(folder: Path, planted: Planted | None = None, *, seed: int 
     }
     (folder / "comparison.json").write_text(json.dumps(comparison | extra))
     return folder
+
+
+def run_name(key: tuple[str, int, int]) -> str:
+    """The folder of a run."""
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def _trunk(key: tuple[str, int, int], planted: Planted, second: float) -> dict[str, Any]:
+    """What a budget below the largest has from the largest one's run: its first four fifths."""
+    name, budget, seed = key
+    if not planted.wsd or budget == max(planted.budgets):
+        return {}
+    steps = budget * 4 // 5
+    trunk = run_name((name, max(planted.budgets), seed))
+    seconds = {"seconds": steps * second, "cpu_seconds": steps * second * 1.9}
+    return {"trunk": {"run": trunk, "steps": steps, **seconds}}
 
 
 def _write_run(
@@ -94,7 +118,7 @@ def _write_run(
         "steps": budget,
         "batch": {"sequences": 8, "length": 128},
         "model": {"layers": 4, "width": 128, "heads": 4, "parameters": 1_320_000},
-        "schedule": {"kind": "cosine", "warmup": 30, "final": 0.1},
+        "schedule": {"kind": "wsd" if planted.wsd else "cosine", "warmup": 30, "final": 0.1},
         "clip_grad_norm": 1.0,
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -132,6 +156,10 @@ def _write_run(
                     row["unclipped"] = float(
                         np.clip(0.55 - 0.4 * np.exp(-4 * progress) + 0.02 * rng.normal(), 0, 1)
                     )
+                    if planted.h:
+                        row["eps_limited"] = float(0.6 * np.exp(-6 * progress))
+                        for name_of, decade in (("h_q05", -9), ("h_q50", -6), ("h_q95", -3)):
+                            row[name_of] = float(10 ** (decade + progress + 0.1 * rng.normal()))
                 log.write(json.dumps(row | common) + "\n")
             if step % 30 == 0:
                 evaluation = {"kind": "eval", "loss": clean, "bits_per_byte": clean / 2.77}
@@ -152,6 +180,7 @@ def _write_run(
         "parameters": 1_320_000,
         "state_bytes": 2 * 4 * 1_320_000,
         "unclipped": 0.52 if sophia else None,
+        **_trunk(key, planted, second),
         "environment": {
             "torch": "2.13.0+cpu",
             "python": "3.11.2",

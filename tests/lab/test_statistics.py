@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from math import inf, sqrt
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import Planted, end_loss, planted_ends, write_comparison
+from synthetic import Planted, end_loss, planted_ends, run_name, write_comparison
 
 from sophia.lab.costs import cost_ratio, in_cost
 from sophia.lab.errors import LabError
 from sophia.lab.evidence import read_evidence
 from sophia.lab.noise import Noise, contrast, pooled_noise, resolvable, seeds_needed
 from sophia.lab.sentences import ratio_words
-from sophia.lab.speedup import Curve, Ratio, baseline_curve, speedup
-from sophia.lab.statistics import summarise
+from sophia.lab.speedup import Curve, Ratio, curve_of, speedup
+from sophia.lab.statistics import Row, summarise
+from sophia.lab.target import reach
 
 REPETITIONS = 200
 # A true coverage of 0.90 gives 180 of 200 with a standard deviation of 4.2: 170 to 190 is 2.4 of them.
@@ -47,6 +50,34 @@ def test_the_interval_of_the_difference_covers_at_its_rate(seeds, budgets, own) 
     assert COVERED[0] <= np.mean([e.low <= truth <= e.high for e in found]) <= COVERED[1]
 
 
+@pytest.mark.parametrize("common", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("weights", "truth"),
+    [
+        ({("wasteful", 1200): 1.0, ("adamw", 1200): -1.0}, end_loss(600) - end_loss(1200)),
+        ({("wasteful", 600): 1.0, ("adamw", 1200): -1.0}, end_loss(300) - end_loss(1200)),
+        ({("wasteful", 1200): 1.0, ("adamw", 600): -0.5, ("adamw", 300): -0.5},
+         end_loss(600) - (end_loss(600) + end_loss(300)) / 2),
+    ],
+    ids=["one budget", "half the budget", "between budgets"],
+)  # fmt: skip
+def test_budgets_with_one_trunk_are_not_counted_as_independent(weights, truth, common) -> None:
+    """If this fails, runs that share most of their steps narrow an interval as if they were new ones: 90%
+    would not be 90%. How much they have in common is not known, so the interval may be wider, not narrower.
+    """
+    planted = Planted(efficiency=HALF, seeds=range(3), budgets=(300, 600, 1200), common=common)
+    rng, held, naive = np.random.default_rng(11), [], []
+    for _ in range(REPETITIONS):
+        ends = planted_ends(planted, rng)
+        for linked, found in ((True, held), (False, naive)):
+            estimate = contrast(ends, weights, pooled_noise(ends, linked=linked))
+            found.append(estimate.low <= truth <= estimate.high)
+    assert np.mean(held) >= COVERED[0]
+    assert np.mean(held) >= np.mean(naive)
+    if common and len(weights) == 2 and len({b for _, b in weights}) == 1:
+        assert np.mean(naive) < 0.9, "else there would be nothing to correct"
+
+
 @pytest.mark.parametrize("seeds", [2, 6])
 def test_the_baseline_against_itself_is_rarely_called_different(seeds) -> None:
     """If this fails, noise is sold as a result: at the 90% level one comparison in ten may be called, no
@@ -69,7 +100,7 @@ def test_half_the_steps_wasted_is_a_speedup_of_one_half(seeds, budgets) -> None:
     for _ in range(40):
         ends = planted_ends(planted, rng)
         noise = pooled_noise(ends)
-        curve = baseline_curve(ends, "adamw", noise)
+        curve = curve_of(ends, "adamw", noise)
         assert isinstance(curve, Curve)
         ratio = speedup(ends, "wasteful", "adamw", curve, noise)
         assert ratio is not None
@@ -89,7 +120,7 @@ def test_the_speedup_includes_one_exactly_when_the_loss_interval_includes_zero()
     for _ in range(30):
         ends = planted_ends(planted, rng)
         noise = pooled_noise(ends)
-        curve = baseline_curve(ends, "adamw", noise)
+        curve = curve_of(ends, "adamw", noise)
         assert isinstance(curve, Curve)
         ratio = speedup(ends, "near", "adamw", curve, noise)
         difference = contrast(ends, {("near", 600): 1.0, ("adamw", 600): -1.0}, noise)
@@ -135,7 +166,7 @@ def test_one_seed_gives_no_interval_and_no_verdict(contenders) -> None:
 def test_a_fitted_power_law_returns_its_own_parameters() -> None:
     """If this fails the curve of three or more budgets is not the one its formula says."""
     ends = {("adamw", b, s): 3.6 + 1.25 * (b / 1200) ** -0.45 for b in (150, 300, 600, 1200) for s in (0, 1)}
-    curve = baseline_curve(ends, "adamw", Noise(0.001, 4, 0.001, 4, 2))
+    curve = curve_of(ends, "adamw", Noise(0.001, 4, 0.001, 4, 2))
     assert curve.power == pytest.approx((1.25, 0.45, 3.6), rel=1e-3)
     assert curve.weights(600).sum() == pytest.approx(1)
 
@@ -147,7 +178,7 @@ def test_a_fitted_power_law_returns_its_own_parameters() -> None:
 def test_without_a_falling_curve_there_is_a_reason_instead_of_a_speedup(losses, words) -> None:
     """If this fails a speed-up is read off a curve on which no budget belongs to a loss."""
     ends = {("adamw", b, s): y for b, y in losses.items() for s in (0, 1)}
-    assert words in baseline_curve(ends, "adamw", pooled_noise(ends))
+    assert words in curve_of(ends, "adamw", pooled_noise(ends))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +220,99 @@ def test_the_power_line_agrees_with_a_simulation() -> None:
         found += difference.sign > 0
     assert found / REPETITIONS == pytest.approx(0.8, abs=3 * sqrt(0.8 * 0.2 / REPETITIONS))
     assert resolvable(noise, seeds, seeds - 1) <= 0.01 < resolvable(noise, seeds - 1, seeds - 2)
+
+
+def test_the_target_is_read_off_the_curve_of_ends_with_coverage() -> None:
+    """If this fails steps-to-target is wrong where it is known: its interval must hold the truth at its rate
+    or above it (0.9 less 2.4 standard deviations of 200 repetitions; its variance is the largest possible).
+    """
+    planted = Planted(efficiency=SAME, seeds=range(3), budgets=(300, 600, 1200))
+    rng, found = np.random.default_rng(12), []
+    target = end_loss(800)
+    for _ in range(REPETITIONS):
+        ends = planted_ends(planted, rng)
+        rows = [
+            _ends_row("adamw", b, np.mean([ends["adamw", b, s] for s in range(3)])) for b in (300, 600, 1200)
+        ]
+        found.append(reach(rows, ends, "adamw", target, pooled_noise(ends)))
+    assert {r.budget for r in found} == {1200}
+    assert np.median([r.steps for r in found]) == pytest.approx(800, rel=0.03)
+    assert np.mean([r.low <= 800 <= r.high for r in found]) >= COVERED[0]
+
+
+def _ends_row(contender: str, steps: int, loss: float, diverged: int = 0) -> Row:
+    blank = {f.name: None for f in dataclasses.fields(Row)}
+    return Row(**{**blank, "contender": contender, "steps": steps, "loss": loss, "diverged": diverged})
+
+
+@pytest.mark.parametrize(
+    ("target", "diverged", "budget", "words"),
+    [
+        (9.0, 0, 300, "300 or fewer"),
+        (1.0, 0, None, "more than 600"),
+        (end_loss(600) + 0.001, 0, 600, r"59\d \(\d\d\d to more than 600\)"),
+        (end_loss(600) + 0.001, 1, None, r"59\d .*"),
+    ],
+)
+def test_a_target_outside_the_budgets_is_a_bound(target, diverged, budget, words) -> None:
+    """If this fails steps are claimed that nobody trained, or a contender that diverged is said to arrive."""
+    ends = {("adamw", b, s): end_loss(b) + 0.002 * s for b in (300, 600) for s in (-1, 0, 1)}
+    ends |= {("b", b, s): end_loss(b) - 0.003 * s * s for b in (300, 600) for s in (-1, 0, 1)}
+    rows = [_ends_row("adamw", b, end_loss(b), diverged) for b in (300, 600)]
+    found = reach(rows, ends, "adamw", target, pooled_noise(ends))
+    assert found.budget == budget
+    assert re.fullmatch(words, found.words)
+
+
+def test_without_runs_or_a_curve_there_is_no_step_count() -> None:
+    """If this fails one budget, or none, is turned into a number of steps."""
+    ends = {("adamw", 300, s): 4.0 for s in (0, 1)}
+    assert reach([_ends_row("adamw", 300, 4.0)], ends, "adamw", 4.5, pooled_noise(ends)).words == "—"
+    assert reach([], ends, "lion", 4.5, pooled_noise(ends)).budget is None
+
+
+@pytest.mark.parametrize("wsd", [False, True])
+def test_what_was_spent_counts_a_trunk_once(tmp_path: Path, wsd: bool) -> None:
+    """If this fails the sum of a comparison holds steps that nobody did, or hides some."""
+    summary = summarise(write_comparison(tmp_path, Planted(wsd=wsd)))
+    spent, alone = summary.spent, 4 * (300 + 600)
+    assert spent.runs == 8
+    assert spent.shared_steps == (4 * 240 if wsd else 0)
+    assert spent.steps == alone - spent.shared_steps
+    assert spent.gradient_evaluations == pytest.approx(spent.steps * (1 + 1.05) / 2)
+    rows = {(r.contender, r.steps): r for r in summary.rows}
+    whole = sum(2 * r.seconds for r in rows.values())
+    assert spent.seconds == pytest.approx(whole * spent.steps / alone, rel=0.05)
+    assert rows["sophia-g", 300].gradient_evaluations == pytest.approx(315), (
+        "a budget's own cost is as if alone"
+    )
+    assert summary.evidence.linked is wsd
+    assert summary.noise.degrees == (1 if wsd else 2)
+
+
+def test_a_part_of_a_run_that_is_not_there_is_counted(tmp_path: Path) -> None:
+    """If this fails deleting a trunk, or a record that claims one, makes a comparison look cheaper."""
+    folder = write_comparison(tmp_path, Planted(wsd=True))
+    result = folder / "runs" / run_name(("adamw", 600, 0)) / "result.json"
+    result.unlink()
+    assert summarise(folder).spent.shared_steps == 3 * 240
+    short = folder / "runs" / run_name(("adamw", 300, 1)) / "result.json"
+    content = json.loads(short.read_text())
+    content["trunk"] |= {"steps": 1e9, "seconds": 1e9}
+    short.write_text(json.dumps(content))
+    spent = summarise(folder).spent
+    assert spent.shared_steps == 2 * 240 + 300
+    assert spent.seconds > 0
+
+
+def test_a_step_costs_what_its_runs_say(tmp_path: Path) -> None:
+    """If this fails the table of costs is not that of the records."""
+    adamw, sophia = summarise(write_comparison(tmp_path)).costs
+    assert (adamw.gradient_evaluations, sophia.gradient_evaluations) == (1.0, pytest.approx(1.05))
+    assert adamw.relative is None
+    assert sophia.relative.low <= 1.06 <= sophia.relative.high
+    assert sophia.flops == pytest.approx(1.05 * adamw.flops)
+    assert sophia.state_per_parameter == 8
 
 
 def test_a_comparison_is_judged_from_its_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sophia.lab.config import Data
 from sophia.lab.errors import Stopped
 from sophia.lab.record import Record
 from sophia.lab.sections import Search
-from sophia.lab.space import Choice, LogRange
+from sophia.lab.space import Choice, LogRange, at_edge
 from sophia.lab.workers import Events
 
 SPACES = {
@@ -119,12 +119,12 @@ EDGES = [
 @pytest.mark.parametrize(("point", "found"), EDGES)
 def test_the_edge_of_a_space_is_flagged(point, found):
     """Else a reader would take the end of a range for an optimum."""
-    assert search.at_edge(SPACES["adamw"], point) == found
+    assert at_edge(SPACES["adamw"], point) == found
 
 
 def test_two_values_have_no_edge():
     """Else every choice between two would be flagged."""
-    assert search.at_edge({"k": Choice((5, 10))}, {"k": 5}) == []
+    assert at_edge({"k": Choice((5, 10))}, {"k": 5}) == []
 
 
 def test_a_sweep_writes_the_protocol_that_compare_takes_and_is_not_repeated(text_file, tmp_path, capsys):

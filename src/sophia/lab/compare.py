@@ -17,6 +17,7 @@ from sophia.lab.files import locked
 from sophia.lab.progress import Display
 from sophia.lab.protocol import Protocol
 from sophia.lab.record import Record
+from sophia.lab.searched import unsearched
 from sophia.lab.strict import to_json
 from sophia.lab.workers import cores, execute
 
@@ -61,7 +62,7 @@ def compare(
     with locked(folder, what="comparison"):
         freezing.write(folder, frozen)
         _run(folder, planned, workers=min(at_once, len(planned.runs)), command=command, console=console)
-        show(folder, protocol.target, console)
+        show(folder, console)
     return folder
 
 
@@ -84,6 +85,8 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
         "each with a whole learning-rate schedule.",
         highlight=False,
     )
+    if note := unsearched(to_json(planned.protocol)):
+        console.print(note, highlight=False, style="yellow")
     try:
         with Display(console, planned.runs, done, workers=workers) as display:
             execute(planned.runs, runs, workers=workers, events=display)
@@ -93,9 +96,10 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
         raise LabError(f"{error}\nTo try those again: {command} --resume") from None
 
 
-def show(folder: Path, target: float | None, console: Console) -> None:
+def show(folder: Path, console: Console) -> None:
     """Print the table and the verdicts of a comparison's records, and write its report and pictures."""
     from sophia.lab.report import write_report
+    from sophia.lab.sentences import spent_sentence
     from sophia.lab.statistics import summarise
 
     summary = summarise(folder)
@@ -104,10 +108,17 @@ def show(folder: Path, target: float | None, console: Console) -> None:
         console.print(verdict.sentence, highlight=False)
     if summary.power:
         console.print(summary.power, highlight=False, style="dim")
+    target = summary.evidence.target
     if target is not None:
         console.print(reached(summary.rows, target), highlight=False)
+        between = "; ".join(f"{r.contender} {r.words}" for r in summary.reached)
+        console.print(f"Read off each contender's curve of end losses: {between}.", highlight=False)
+    console.print(spent_sentence(summary.spent), highlight=False, style="dim")
     files = write_report(folder)
-    console.print(f"Report:  {files.html}\nPicture: {files.curves}", highlight=False, soft_wrap=True)
+    pictures = [files.curves, *(path for path in files.others if path.suffix == ".png")]
+    console.print(
+        f"Report:   {files.html}\nPictures: {', '.join(map(str, pictures))}", highlight=False, soft_wrap=True
+    )
 
 
 def reached(rows: Sequence[Row], target: float) -> str:

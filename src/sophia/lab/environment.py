@@ -4,12 +4,14 @@ variables.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["describe"]
+__all__ = ["code", "describe"]
 
 
 def describe(*, threads: int, device: str) -> dict[str, str | int | None]:
@@ -24,6 +26,7 @@ def describe(*, threads: int, device: str) -> dict[str, str | int | None]:
         "system": f"{platform.system()} {platform.machine()}",
         "sophia": importlib.metadata.version("torch-sophia"),
         "commit": _commit(),
+        "code": code(),
     }
 
 
@@ -34,6 +37,17 @@ def _processor() -> str:
     except OSError:
         names = []
     return f"{names[0]} ({len(names)} logical)" if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def code() -> str:
+    """A hash of this package's sources: it tells an edited or installed copy apart where no commit can."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".c")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return "sha256:" + digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:

@@ -62,10 +62,22 @@ class Evidence:
     runs: tuple[Run, ...]
     problems: tuple[str, ...]
 
+    target: float | None = None
+    """A loss in nats whose cost is asked for."""
+    protocol: Row = field(default_factory=dict)
+    """The protocol of protocol.json; empty where there is none (records made before there were protocols)."""
+    protocol_hash: str = ""
+
     @property
     def baseline(self) -> str:
         """The contender that the others are measured against."""
         return self.contenders[0]
+
+    @property
+    def linked(self) -> bool:
+        """Whether runs of one contender and seed are equal up to where the shorter begins to decay."""
+        kinds = (r.config.get("schedule") for r in self.runs)
+        return any(isinstance(kind, dict) and kind.get("kind") == "wsd" for kind in kinds)
 
 
 def number(value: object) -> float | None:
@@ -123,6 +135,12 @@ def read_evidence(folder: Path) -> Evidence:
                 planned = Run(contender, seed, steps, "", "missing")
                 runs.setdefault((contender, steps, seed), planned)
     data = raw.get("data")
+    frozen: dict[str, Any] = {}
+    if (root / "protocol.json").exists():
+        frozen, problem = _read_json(root, root / "protocol.json")
+        if problem is not None:
+            problems.append(f"protocol.json could not be used: {problem}")
+    protocol = frozen.get("protocol")
     return Evidence(
         preset=str(raw.get("preset", ""))[:128],
         contenders=contenders,
@@ -132,6 +150,9 @@ def read_evidence(folder: Path) -> Evidence:
         comparison=raw,
         runs=tuple(runs[key] for key in sorted(runs, key=lambda k: (contenders.index(k[0]), k[1], k[2]))),
         problems=tuple(problems),
+        target=number(raw.get("target")),
+        protocol=protocol if isinstance(protocol, dict) else {},
+        protocol_hash=str(frozen.get("hash", ""))[:64],
     )
 
 

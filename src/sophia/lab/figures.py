@@ -61,10 +61,9 @@ def draw(summary: Summary) -> Figure:
     return figure
 
 
-def save(summary: Summary, folder: Path) -> tuple[Path, Path]:
-    """Write curves.png and curves.svg; the same records give the same bytes."""
-    png, svg = folder / "curves.png", folder / "curves.svg"
-    figure = draw(summary)
+def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
+    """Write name.png and name.svg; the same records give the same bytes."""
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=160, metadata={"Software": None})
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
@@ -118,10 +117,30 @@ def _training(axes: Any, summary: Summary) -> None:
     if late:
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.08 * (high - low))
+    _target(axes, evidence)
     axes.set_xlim(0, largest * 1.0)
     place_labels(axes, largest, labels)
     axes.set_xlabel("steps (solid: full budget, dashed: smaller budgets)")
     axes.set_title("Validation loss, nats a token", loc="left", fontsize=11, color="#333333")
+
+
+def _target(axes: Any, evidence: Evidence) -> None:
+    """A dashed line at the target of the protocol, inside the range of the axis."""
+    if evidence.target is None:
+        return
+    low, high = axes.get_ylim()
+    edge = 0.04 * (high - low)
+    axes.set_ylim(min(low, evidence.target - edge), max(high, evidence.target + edge))
+    axes.axhline(evidence.target, color=GREY, lw=1, ls=(0, (5, 3)), zorder=1)
+    axes.annotate(
+        f"target {evidence.target:g}",
+        (0.01, evidence.target),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=9,
+        color="#333333",
+    )
 
 
 def place_labels(axes: Any, x: float, labels: Sequence[tuple[float, str, str]]) -> None:
@@ -179,6 +198,7 @@ def _end_losses(axes: Any, summary: Summary) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(budgets[0] / 1.12, budgets[-1] * 1.06)
+        _target(axes, evidence)
         place_labels(axes, budgets[-1] * 1.06, labels)
     if not speedups:
         _arrows(axes, summary, colour)

@@ -1,8 +1,8 @@
-"""The report of a comparison: one HTML file that needs nothing else, and the picture as PNG and SVG.
+"""The report of a comparison: one HTML file that needs nothing else, and its pictures as PNG and SVG.
 
 Made from records only, finished or not. What the records say is untrusted text: the template escapes all of
 it, the data of the curves are JSON in which no `<` remains, and a content security policy allows the page's
-own two scripts and two style sheets by their hash and nothing else, so that the file fetches nothing and
+own scripts and style sheets by their hash and nothing else, so that the file fetches nothing and
 runs nothing foreign even if escaping failed.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sophia.lab import figures
+from sophia.lab import figure_curvature, figure_speedups, figures
 from sophia.lab.evidence import Evidence, Run, number
 from sophia.lab.files import write_atomically
 from sophia.lab.forest import TICKS, WIDTH, bar
 from sophia.lab.noise import LEVEL
-from sophia.lab.sentences import difference_words, heading, ratio_words, route_sentence
+from sophia.lab.quotation import quotation
+from sophia.lab.searched import edges, unsearched
+from sophia.lab.sentences import difference_words, heading, ratio_words, route_sentence, spent_sentence
 from sophia.lab.series import page_data
 from sophia.lab.settings import flat, side_by_side
 from sophia.lab.statistics import Summary, summarise
 
 HERE = Path(__file__).parent
 MOST_CONFIGURATIONS = 200
+SCRIPTS = ("charts.js", "report.js", "ends.js", "curvature.js")
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,30 @@ class ReportFiles:
     curves: Path
     """The picture as PNG."""
     curves_svg: Path
+    others: tuple[Path, ...] = ()
+    """Further pictures, PNG and SVG: the forest plot and the state of the curvature, where there is any."""
 
 
 def write_report(folder: Path) -> ReportFiles:
-    """Write report.html, curves.png and curves.svg into the folder of a comparison, whatever part of it has
-    run.
-    """
+    """Write report.html and its pictures into the folder of a comparison, whatever part of it has run."""
     summary = summarise(folder)
-    png, svg = figures.save(summary, folder)
+    drawn = {
+        "curves": figures.draw(summary),
+        "speedups": figure_speedups.draw(summary),
+        "curvature": figure_curvature.draw(summary.evidence),
+    }
+    written = {name: figures.save(f, folder, name) for name, f in drawn.items() if f is not None}
     html = folder / "report.html"
-    page = render(summary, svg.read_bytes())
+    page = render(summary, {name: svg.read_bytes() for name, (_, svg) in written.items()})
     write_atomically(html, lambda file: file.write(page.encode()))
-    return ReportFiles(html, png, svg)
+    others = tuple(path for name, paths in written.items() if name != "curves" for path in paths)
+    return ReportFiles(html, *written["curves"], others)
 
 
-def render(summary: Summary, picture: bytes) -> str:
-    """The page as text; `picture` is the SVG shown in print and where scripts are off."""
+def render(summary: Summary, pictures: Mapping[str, bytes]) -> str:
+    """The page as text; `pictures` are the SVGs shown in print and where scripts are off."""
     vendor, templates = HERE / "vendor" / "uplot", HERE / "templates"
-    scripts = [_inline(vendor / "uPlot.iife.min.js"), _inline(templates / "report.js")]
+    scripts = [_inline(vendor / "uPlot.iife.min.js"), *(_inline(templates / name) for name in SCRIPTS)]
     styles = [_inline(vendor / "uPlot.min.css"), _inline(templates / "report.css")]
     environment = Environment(
         loader=FileSystemLoader(templates),
@@ -76,8 +85,8 @@ def render(summary: Summary, picture: bytes) -> str:
         policy=_policy(scripts, styles),
         scripts=scripts,
         styles=styles,
-        data=_json(page_data(evidence, colour)),
-        picture=base64.b64encode(picture).decode(),
+        data=_json(page_data(evidence, colour, summary.curve)),
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         licence=(vendor / "LICENSE").read_text(encoding="utf-8"),
         slot={
             c: "base" if i == 0 else f"c{(i - 1) % len(figures.CONTENDERS) + 1}"
@@ -91,6 +100,10 @@ def render(summary: Summary, picture: bytes) -> str:
         difference_words=difference_words,
         route=route_sentence,
         level=f"{LEVEL:.0%}",
+        quotations=[quotation(summary, verdict) for verdict in summary.verdicts],
+        spent=spent_sentence(summary.spent),
+        unsearched=unsearched(evidence.protocol),
+        edges=edges(evidence.protocol),
         facts=_facts(evidence),
         environments=_environments(evidence.runs),
         settings=side_by_side(evidence),
@@ -167,7 +180,9 @@ def _facts(evidence: Evidence) -> dict[str, str]:
             facts["Tokens a step"] = count(tokens / steps)
             facts["Tokens read at the largest budget"] = count(tokens) + _epochs(tokens, evidence)
     known = {"version", "preset", "contenders", "seeds", "budgets", "baseline", "data", "runs"}
-    known.add("settings")  # shown side by side
+    known |= {"settings", "target"}  # shown elsewhere
+    if evidence.protocol_hash:
+        facts["Protocol"] = evidence.protocol_hash
     rest = {k: v for k, v in evidence.comparison.items() if k not in known}
     for key, value in (flat({"data": evidence.data}) | flat(rest)).items():
         words = key.replace("_", " ").replace(".", ": ")

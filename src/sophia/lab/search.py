@@ -30,7 +30,7 @@ from sophia.lab.sections import Search
 from sophia.lab.space import Choice, LogRange, Space
 from sophia.lab.workers import Events, execute
 
-__all__ = ["Trial", "at_edge", "best", "search"]
+__all__ = ["Trial", "best", "search"]
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,6 @@ def best(trials: Sequence[Trial], contender: str) -> Trial | None:
     """The trial of a contender with the lowest loss; None if all diverged."""
     finished = [t for t in trials if t.contender == contender and t.loss is not None]
     return min(finished, key=lambda t: t.loss or 0.0, default=None)
-
-
-def at_edge(space: Space, point: Mapping[str, Setting]) -> list[str]:
-    """The settings of a point that lie at an end of their range: there the optimum may be outside.
-
-    An end is the first or last of several ordered numbers, or the outer twentieth of a logarithmic range.
-    """
-    found = []
-    for name, kind in space.items():
-        value = point[name]
-        if isinstance(kind, LogRange):
-            share = math.log(float(value) / kind.low) / math.log(kind.high / kind.low)
-            if not 0.05 <= share <= 0.95:
-                found.append(name)
-        elif (
-            len(kind.values) > 2 and value in (kind.values[0], kind.values[-1]) and not isinstance(value, str)
-        ):
-            found.append(name)
-    return found
 
 
 def _study(name: str, space: Space, rule: Search, storage: BaseStorage) -> optuna.Study:

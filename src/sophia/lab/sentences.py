@@ -21,6 +21,25 @@ class Counted(Protocol):
     def missing(self) -> int: ...
 
 
+class Costs(Protocol):
+    """What was spent."""
+
+    @property
+    def runs(self) -> int: ...
+    @property
+    def steps(self) -> float: ...
+    @property
+    def gradient_evaluations(self) -> float: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def cpu_seconds(self) -> float: ...
+    @property
+    def shared_steps(self) -> float: ...
+
+
 def decimals(estimate: Estimate) -> int:
     """Enough decimals for two digits of the interval's half width, and for a bound near zero to keep its
     sign.
@@ -179,6 +198,18 @@ def power_sentence(target: float, seeds: int, now: float | None, needed: int | N
     if needed <= seeds:
         return f"{text}."
     return f"{text}; {plural(needed - seeds, 'more seed')} would resolve a difference of {target}."
+
+
+def spent_sentence(spent: Costs) -> str:
+    """What a whole comparison took; what budgets share is counted once."""
+    shared = (
+        f"; {spent.shared_steps:,.0f} steps that budgets share were done once" if spent.shared_steps else ""
+    )
+    return (
+        f"All {plural(spent.runs, 'run')} together: {spent.steps:,.0f} steps, "
+        f"{spent.gradient_evaluations:,.0f} gradient evaluations, {spent.flops:.3g} FLOPs, "
+        f"{spent.seconds:,.0f} seconds of training ({spent.cpu_seconds:,.0f} CPU seconds){shared}."
+    )
 
 
 def route_sentence(estimate: Estimate) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sophia.lab.evidence import Evidence, Row, Run, number
+from sophia.lab.speedup import Curve
 
 AXES = {
     "step": "steps",
@@ -27,8 +28,15 @@ KNOWN = {
     "loss": "training loss, smoothed",
     "unclipped": "unclipped share",
     "eps_limited": "share limited by eps",
+    "h_zero": "share with h = 0",
+    "h_q05": "h, 5% quantile",
+    "h_q50": "h, median",
+    "h_q95": "h, 95% quantile",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
+    "gradient_clipped": "share of clipped gradients",
+    "B": "predictions B of a refresh",
+    "age": "steps since h was renewed",
 }
 """What the vertical axis can be; other numbers in the training rows follow under their own names."""
 
@@ -39,16 +47,26 @@ SMOOTHING = 0.04
 """Width of the moving average of the training loss, as a share of the run."""
 
 
-def page_data(evidence: Evidence, colours: dict[str, str]) -> dict[str, Any]:
-    """Everything the page's script draws, as plain JSON values without NaN or infinity."""
+def page_data(evidence: Evidence, colours: dict[str, str], curve: Curve | None = None) -> dict[str, Any]:
+    """Everything the page's scripts draw, as plain JSON values without NaN or infinity. ``curve`` is the
+    baseline's, through its end losses.
+    """
     metrics = _metrics(evidence)
     return {
         "baseline": evidence.baseline,
         "contenders": [{"name": c, "colour": colours[c]} for c in evidence.contenders],
         "axes": AXES,
         "metrics": metrics,
+        "target": evidence.target,
+        "fit": None if curve is None else _fit(curve),
         "runs": [_run(run, evidence, metrics) for run in evidence.runs if run.train or run.evaluations],
     }
+
+
+def _fit(curve: Curve) -> dict[str, Any]:
+    steps = [float(d) for d in np.geomspace(curve.budgets[0], curve.budgets[-1], 60)]
+    steps[0], steps[-1] = float(curve.budgets[0]), float(curve.budgets[-1])
+    return {"x": [_short(d) for d in steps], "y": [_short(curve.loss(d)) for d in steps], "words": curve.kind}
 
 
 def _metrics(evidence: Evidence) -> dict[str, str]:
@@ -77,6 +95,7 @@ def _run(run: Run, evidence: Evidence, metrics: dict[str, str]) -> dict[str, Any
         "seed": run.seed,
         "steps": run.steps,
         "status": run.status,
+        "end": _short(run.number("loss")) if run.status == "finished" else None,
         "validation": {
             "x": _positions(run.evaluations, run.train, per_step),
             "y": [_short(number(row.get("loss"))) for row in run.evaluations],

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log
 from typing import Annotated, Any
 
 from sophia.lab.config import Setting
 from sophia.lab.errors import UsageError
 
-__all__ = ["WARMUP", "Choice", "Kind", "LogRange", "Space", "read_kind"]
+__all__ = ["WARMUP", "Choice", "Kind", "LogRange", "Space", "at_edge", "read_kind"]
 
 WARMUP = "warmup"
 
@@ -79,3 +79,22 @@ def read_kind(value: Any, where: str) -> LogRange | Choice:
 
 Kind = Annotated[LogRange | Choice, read_kind]
 Space = Mapping[str, Kind]
+
+
+def at_edge(space: Space, point: Mapping[str, Setting]) -> list[str]:
+    """The settings of a point that lie at an end of their range: there the optimum may be outside.
+
+    An end is the first or last of several ordered numbers, or the outer twentieth of a logarithmic range.
+    """
+    found = []
+    for name, kind in space.items():
+        value = point[name]
+        if isinstance(kind, LogRange):
+            share = log(float(value) / kind.low) / log(kind.high / kind.low)
+            if not 0.05 <= share <= 0.95:
+                found.append(name)
+        elif (
+            len(kind.values) > 2 and value in (kind.values[0], kind.values[-1]) and not isinstance(value, str)
+        ):
+            found.append(name)
+    return found

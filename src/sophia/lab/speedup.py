@@ -19,6 +19,7 @@ coverage, carried through a monotone curve.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import exp, log, sqrt
@@ -118,19 +119,19 @@ class Ratio:
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "not distinguishable"
 
 
-def baseline_curve(ends: Ends, baseline: str, noise: Noise) -> Curve | str:
-    """The baseline's curve through its mean end losses; a sentence that says why instead, if there is
-    none.
+def curve_of(ends: Ends, name: str, noise: Noise) -> Curve | str:
+    """The curve of a contender, most often the baseline, through its mean end losses; a sentence that says
+    why instead, if there is none.
     """
     means: dict[int, float] = {}
-    for budget in sorted({b for c, b, _ in ends if c == baseline}):
-        means[budget] = float(np.mean([y for (c, b, _), y in ends.items() if (c, b) == (baseline, budget)]))
+    for budget in sorted({b for c, b, _ in ends if c == name}):
+        means[budget] = float(np.mean([y for (c, b, _), y in ends.items() if (c, b) == (name, budget)]))
     if len(means) < 2:
-        return f"{baseline} has finished runs at {plural(len(means), 'budget')}; a speed-up needs two"
+        return f"{name} has finished runs at {plural(len(means), 'budget')}; a speed-up needs two"
     budgets, losses = tuple(means), tuple(means.values())
     if any(later >= earlier for earlier, later in pairwise(losses)):
-        return f"{baseline}'s loss does not fall from each budget to the next, so no budget belongs to a loss"
-    seeds = min(sum((c, b) == (baseline, budget) for c, b, _ in ends) for budget in budgets)
+        return f"{name}'s loss does not fall from each budget to the next, so no budget belongs to a loss"
+    seeds = min(sum((c, b) == (name, budget) for c, b, _ in ends) for budget in budgets)
     power = (
         _power_law(budgets, losses, sqrt((noise.rest**2 + noise.mean**2) / seeds))
         if len(budgets) > 2
@@ -185,42 +186,65 @@ def speedup(ends: Ends, contender: str, baseline: str, curve: Curve, noise: Nois
     ratios = np.unique(np.append(np.geomspace(floor / 1.3, ceiling * 1.3, 80), 1.0))
 
     def solve(shape: Curve) -> tuple[float, float | None, float | None]:
-        gaps = [_gap(ends, (contender, own), baseline, shape, float(r), noise) for r in ratios]
-        value = _crossing(ratios, np.array([g.value for g in gaps]))
-        if any(g.low is None for g in gaps):
-            return value, None, None
-        return (
-            value,
-            _crossing(ratios, np.array([g.high for g in gaps], dtype=np.float64)),
-            _crossing(ratios, np.array([g.low for g in gaps], dtype=np.float64), last=True),
+        return crossings(
+            ratios,
+            [distance(ends, {(contender, own): 1.0}, baseline, shape, float(r * own), noise) for r in ratios],
         )
 
-    value, low, high = solve(curve)
-    for b in () if curve.power is not None else (STRAIGHT, STEEP):
-        _, other_low, other_high = solve(replace(curve, b=b))
-        if low is not None and other_low is not None and high is not None and other_high is not None:
-            low, high = min(low, other_low), max(high, other_high)
+    value, low, high = over_shapes(curve, solve)
     outside = value * own < curve.budgets[0] * (1 - 1e-9) or value * own > curve.budgets[-1] * (1 + 1e-9)
     return Ratio(value, low, high, floor, ceiling, outside, curve.kind)
 
 
-def _gap(ends: Ends, cell: tuple[str, int], baseline: str, curve: Curve, r: float, noise: Noise) -> Estimate:
-    """The contender's loss minus the baseline's at r times the budget: rises in r; with its interval."""
-    weights: dict[tuple[str, int], float] = {cell: 1.0}
-    for budget, w in zip(curve.budgets, curve.weights(r * cell[1]), strict=True):
+def distance(
+    ends: Ends, others: Mapping[tuple[str, int], float], name: str, curve: Curve, steps: float, noise: Noise
+) -> Estimate:
+    """A combination of end losses minus the loss that `name`, whose curve it is, has after so many steps;
+    rises in the steps; with its interval.
+    """
+    weights = dict(others)
+    for budget, w in zip(curve.budgets, curve.weights(steps), strict=True):
         if abs(w) > 1e-9:
-            weights[baseline, budget] = weights.get((baseline, budget), 0.0) - float(w)
+            weights[name, budget] = weights.get((name, budget), 0.0) - float(w)
     estimate = contrast(ends, weights, noise)
     assert estimate is not None, "the caller made sure that all cells share a seed"
     if curve.power is None:
         return estimate
     # A fit's weights say how its loss moves with the noise, not what it is: put the fitted value in their
     # place.
-    fitted = sum(w * y for w, y in zip(curve.weights(r * cell[1]), curve.losses, strict=True))
-    shift = fitted - curve.loss(r * cell[1])
+    fitted = sum(w * y for w, y in zip(curve.weights(steps), curve.losses, strict=True))
+    shift = fitted - curve.loss(steps)
     low = None if estimate.low is None else estimate.low + shift
     high = None if estimate.high is None else estimate.high + shift
     return replace(estimate, value=estimate.value + shift, low=low, high=high)
+
+
+Bounds = tuple[float, float | None, float | None]
+"""A value, and the two ends of its interval if there is one."""
+
+
+def over_shapes(curve: Curve, solve: Callable[[Curve], Bounds]) -> Bounds:
+    """What `solve` finds on the curve; where its exponent is assumed, the interval covers the others too."""
+    value, low, high = solve(curve)
+    for b in () if curve.power is not None else (STRAIGHT, STEEP):
+        _, other_low, other_high = solve(replace(curve, b=b))
+        if low is not None and other_low is not None and high is not None and other_high is not None:
+            low, high = min(low, other_low), max(high, other_high)
+    return value, low, high
+
+
+def crossings(at: Vector, gaps: Sequence[Estimate]) -> Bounds:
+    """Where gaps that rise along `at` pass zero, and between which places they are not established to lie on
+    either side of it.
+    """
+    value = _crossing(at, np.array([g.value for g in gaps]))
+    if any(g.low is None for g in gaps):
+        return value, None, None
+    return (
+        value,
+        _crossing(at, np.array([g.high for g in gaps], dtype=np.float64)),
+        _crossing(at, np.array([g.low for g in gaps], dtype=np.float64), last=True),
+    )
 
 
 def _crossing(ratios: Vector, values: Vector, *, last: bool = False) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 from sophia.lab.costs import COSTS, cost_ratio, in_cost
 from sophia.lab.evidence import Evidence, Run, read_evidence
@@ -25,7 +24,11 @@ from sophia.lab.sentences import (
     power_sentence,
     steps_factor_sentence,
 )
-from sophia.lab.speedup import Curve, Ratio, baseline_curve, speedup
+from sophia.lab.speedup import Curve, Ratio, curve_of, speedup
+from sophia.lab.tally import Row, Spent, StepCost, ends_of, spent, step_costs
+from sophia.lab.target import Reach, reach
+
+__all__ = ["CostSpeedup", "HalfBudget", "Row", "Summary", "Verdict", "judge", "summarise"]
 
 RESOLVE = 0.003
 """The difference in nats that the power line speaks of: what separates good optimizers at small scale
@@ -34,34 +37,6 @@ RESOLVE = 0.003
 
 
 _NO_SPEEDUP = ("unstable", "baseline unstable", "unfinished")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contender at one budget; every mean is over its finished runs, None where there is none or
-    nothing was recorded.
-    """
-
-    contender: str
-    steps: int
-    finished: int
-    diverged: int
-    missing: int
-    """Planned runs without a result: unfinished or not started."""
-    loss: float | None
-    """Mean validation loss at the end, nats a token."""
-    sd: float | None
-    """Its standard deviation over seeds."""
-    bits_per_byte: float | None
-    tokens: float | None
-    gradient_evaluations: float | None
-    flops: float | None
-    seconds: float | None
-    cpu_seconds: float | None
-    unclipped: float | None
-    """Share of coordinates that the clip leaves alone; None for optimizers without one."""
-    parameters: float | None
-    state_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +94,12 @@ class Summary:
     curve: Curve | None
     curve_problem: str | None
     """Why there is no speed-up, if there is none."""
+    costs: tuple[StepCost, ...]
+    """What a step of each contender costs."""
+    spent: Spent
+    """What all runs together have cost."""
+    reached: tuple[Reach, ...]
+    """What each contender needs for the target of the protocol; empty without a target."""
     power: str
     """What these seeds can establish, and how many more would do for `RESOLVE`."""
     missing: tuple[str, ...]
@@ -145,13 +126,9 @@ def summarise(folder: Path) -> Summary:
 def judge(evidence: Evidence) -> Summary:
     """The summary of records that have been read."""
     ends = {(r.contender, r.steps, r.seed): loss for r in evidence.runs if (loss := _end_loss(r)) is not None}
-    noise = pooled_noise(ends)
-    rows = tuple(
-        _row(evidence, c, b)
-        for c in evidence.contenders
-        for b in sorted({r.steps for r in evidence.runs if r.contender == c})
-    )
-    curve = baseline_curve(ends, evidence.baseline, noise)
+    noise = pooled_noise(ends, linked=evidence.linked)
+    rows = ends_of(evidence)
+    curve = curve_of(ends, evidence.baseline, noise)
     missing, diverged = _gaps(rows)
     return Summary(
         evidence=evidence,
@@ -160,6 +137,11 @@ def judge(evidence: Evidence) -> Summary:
         noise=noise,
         curve=curve if isinstance(curve, Curve) else None,
         curve_problem=curve if isinstance(curve, str) else None,
+        costs=step_costs(evidence),
+        spent=spent(evidence),
+        reached=()
+        if evidence.target is None
+        else tuple(reach(rows, ends, c, evidence.target, noise) for c in evidence.contenders),
         power=_power(evidence, ends, noise),
         missing=missing,
         diverged=diverged,
@@ -168,36 +150,6 @@ def judge(evidence: Evidence) -> Summary:
 
 def _end_loss(run: Run) -> float | None:
     return run.number("loss") if run.status == "finished" else None
-
-
-def _row(evidence: Evidence, contender: str, steps: int) -> Row:
-    runs = [r for r in evidence.runs if (r.contender, r.steps) == (contender, steps)]
-    finished = [r for r in runs if r.status == "finished"]
-
-    def values(key: str) -> list[float]:
-        return [v for r in finished if (v := r.number(key)) is not None]
-
-    def mean(key: str) -> float | None:
-        return fmean(found) if (found := values(key)) else None
-
-    return Row(
-        contender=contender,
-        steps=steps,
-        finished=len(finished),
-        diverged=sum(r.status == "diverged" for r in runs),
-        missing=sum(r.status in ("missing", "unfinished") for r in runs),
-        loss=mean("loss"),
-        sd=stdev(losses) if len(losses := values("loss")) > 1 else None,
-        bits_per_byte=mean("bits_per_byte"),
-        tokens=mean("tokens"),
-        gradient_evaluations=mean("gradient_evaluations"),
-        flops=mean("flops"),
-        seconds=mean("seconds"),
-        cpu_seconds=mean("cpu_seconds"),
-        unclipped=mean("unclipped"),
-        parameters=mean("parameters"),
-        state_bytes=mean("state_bytes"),
-    )
 
 
 def _verdict(

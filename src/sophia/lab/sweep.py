@@ -21,7 +21,8 @@ from sophia.lab.errors import LabError, Stopped, UsageError
 from sophia.lab.files import locked, write_atomically
 from sophia.lab.protocol import Protocol
 from sophia.lab.protocol_files import text_of
-from sophia.lab.search import Trial, at_edge, best, search
+from sophia.lab.search import Trial, best, search
+from sophia.lab.space import at_edge
 from sophia.lab.strict import to_json
 from sophia.lab.workers import Events, cores
 
@@ -128,7 +129,11 @@ def _record(folder: Path, protocol: Protocol, trials: Sequence[Trial]) -> None:
     lines = "".join(json.dumps(dataclasses.asdict(trial)) + "\n" for trial in trials)
     winners = {trial.contender: trial.point for label in protocol.names if (trial := best(trials, label))}
     tuned = "# Settings found by `sophia sweep`; the trials stand in trials.jsonl beside this file.\n"
-    tuned += text_of(protocol.with_settings(winners))
+    # With the spaces written out, a comparison can say which settings lie at their edge.
+    searched = dataclasses.replace(
+        protocol.search, spaces={label: protocol.space(label) for label in protocol.names}
+    )
+    tuned += text_of(dataclasses.replace(protocol.with_settings(winners), search=searched))
     write_atomically(folder / "tuned.toml", lambda file: file.write(tuned.encode()))
     write_atomically(
         folder / "trials.jsonl", lambda file: file.write(lines.encode())

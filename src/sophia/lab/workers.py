@@ -206,8 +206,10 @@ def _work(connection: Connection, runs: Path, save_every: int) -> None:
                 tokens = open_cached(run.data.text)
                 if tokens is None:
                     raise LabError("the encoded text is gone from the cache; give the same command again")
-                options = {"save_every": save_every, "stop": stop, "report": report, "branches": branches}
-                send("ended", train(run, runs, tokens, **options))
+                result = train(
+                    run, runs, tokens, save_every=save_every, stop=stop, report=report, branches=branches
+                )
+                send("ended", result)
             except Stopped:
                 send("stopped")
             except LabError as error:

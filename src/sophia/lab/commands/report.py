@@ -12,7 +12,8 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Draw a comparison again from its records: table, verdicts, report.html, curves.png and curves.svg.
+    """Draw a comparison again from its records: table, verdicts, report.html, and the pictures curves,
+    speedups and curvature as PNG and SVG.
 
     Works on unfinished comparisons too, and on folders that somebody else sends.
     """
@@ -34,9 +35,9 @@ class Report:
         if not self.folders:
             raise UsageError("sophia report was given no folder. Write: sophia report comparisons/NAME")
         for folder in self.folders:
-            show(folder, None, console)
+            show(folder, console)
             if self.csv:
                 console.print(
-                    "Tables:  " + ", ".join(map(str, write_csv(folder))), highlight=False, soft_wrap=True
+                    "Tables:   " + ", ".join(map(str, write_csv(folder))), highlight=False, soft_wrap=True
                 )
         return 0
