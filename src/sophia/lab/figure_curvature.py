@@ -111,12 +111,15 @@ def _shares(axes: Any, course: Course, colour: str) -> None:
 
 
 def _quantiles(axes: Any, course: Course, colour: str) -> None:
-    low, high = course.values["h_q05"], course.values["h_q95"]
+    middle, high = course.values["h_q50"], course.values["h_q95"]
+    low, words = course.values["h_q05"], "5% to 95%"
+    if any(b is None and m is not None for b, m in zip(low, middle, strict=True)):
+        low, words = middle, "median to 95%; 5% of it is zero or less"  # as Hutchinson's, which has a sign
     both = [
         (s, a, b) for s, a, b in zip(course.steps, low, high, strict=True) if a is not None and b is not None
     ]
     if both:
-        axes.fill_between(*zip(*both, strict=True), color=colour, alpha=0.22, lw=0, label="5% to 95%")
+        axes.fill_between(*zip(*both, strict=True), color=colour, alpha=0.22, lw=0, label=words)
     drawn = _line(axes, course, "h_q50", color=colour, lw=1.8, label="median")
     if both or drawn:
         axes.set_yscale("log")

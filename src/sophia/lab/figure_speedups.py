@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sophia.lab.figures import STYLE, colours
 from sophia.lab.forest import HIGHEST, LOWEST
+from sophia.lab.noise import LEVEL
 from sophia.lab.sentences import ratio_words
 from sophia.lab.speedup import Ratio
 from sophia.lab.statistics import Summary
@@ -20,51 +21,46 @@ __all__ = ["draw"]
 
 def draw(summary: Summary) -> Figure | None:
     """The figure; None if no contender has a speed-up."""
-    rows = [(v.contender, s) for v in summary.verdicts for s in v.speedups]
-    if not rows:
+    verdicts = [v for v in summary.verdicts if v.speedups]
+    if not verdicts:
         return None
     colour = colours(summary.evidence)
+    count = sum(1 + len(v.speedups) for v in verdicts)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.1 + 0.3 * len(rows)), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10, 0.9 + 0.22 * count), layout="constrained", facecolor="white")
         axes = figure.subplots()
-        labels = []
-        for place, (contender, item) in enumerate(rows):
-            first = place == 0 or rows[place - 1][0] != contender
-            labels.append(f"{contender}   {item.cost}" if first else item.cost)
-            if first and place:
-                axes.axhline(place - 0.5, color="#e6e6e6", lw=1)
-            _bar(axes, place, item.ratio, colour[contender])
-            axes.text(
-                1.02,
-                place,
-                ratio_words(item.ratio),
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontsize=9,
-            )
+        labels: list[tuple[str, str | None]] = []  # a name in its colour, then its costs
+        for verdict in verdicts:
+            if labels:
+                axes.axhline(len(labels) - 0.5, color="#e6e6e6", lw=1)
+            labels.append((verdict.contender, colour[verdict.contender]))
+            for item in verdict.speedups:
+                _bar(axes, len(labels), item.ratio, colour[verdict.contender])
+                labels.append((item.cost, None))
         axes.axvline(1, color="#6b6b6b", lw=1.2, zorder=1)
         axes.set_xscale("log")
         axes.set_xlim(LOWEST, HIGHEST)
         axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 2]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
-        axes.set_yticks(range(len(rows)), labels)
-        axes.tick_params(axis="y", length=0, labelcolor="#333333", labelsize=9)
+        axes.set_yticks(range(count), [words for words, _ in labels])
+        for tick, (_, own) in zip(axes.get_yticklabels(), labels, strict=True):
+            tick.set(
+                color=own or "#333333", fontsize=10 if own else 9, fontweight="bold" if own else "normal"
+            )
+        axes.tick_params(axis="y", length=0)
         axes.grid(False, axis="y")
         axes.spines["left"].set_visible(False)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_title(
-            f"Speed-up over {summary.evidence.baseline} at equal loss, 90% intervals",
-            loc="left",
-            fontsize=11,
-            color="#333333",
-        )
+        axes.set_ylim(count - 0.5, -0.5)
+        words = f"Speed-up over {summary.evidence.baseline} at equal loss, {LEVEL:.0%} intervals"
+        axes.set_title(words, loc="left", fontsize=11, color="#333333")
         FigureCanvasAgg(figure)
     return figure
 
 
 def _bar(axes: Any, place: int, ratio: Ratio, colour: str) -> None:
-    """A point and a line; an arrow where an end is open or lies off the scale."""
+    """A point, a line and the words; an arrow where an end is open or lies off the scale."""
+    axes.text(1.02, place, ratio_words(ratio), transform=axes.get_yaxis_transform(), va="center", fontsize=9)
     if ratio.low is not None and ratio.high is not None:
         floor, ceiling = max(ratio.floor, LOWEST), min(ratio.ceiling, HIGHEST)
         low, high = (min(max(v, floor), ceiling) for v in (ratio.low, ratio.high))

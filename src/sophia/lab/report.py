@@ -184,7 +184,7 @@ def _facts(evidence: Evidence) -> dict[str, str]:
     if evidence.protocol_hash:
         facts["Protocol"] = evidence.protocol_hash
     rest = {k: v for k, v in evidence.comparison.items() if k not in known}
-    for key, value in (flat({"data": evidence.data}) | flat(rest)).items():
+    for key, value in flat({"data": evidence.data, **rest}).items():
         words = key.replace("_", " ").replace(".", ": ")
         grouped = (
             f"{int(value):,}" if value.isdecimal() and value.isascii() and 4 < len(value) < 19 else value

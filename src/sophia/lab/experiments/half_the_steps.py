@@ -23,7 +23,7 @@ from sophia.lab.experiments.progress import Progress
 from sophia.lab.experiments.records import Records
 from sophia.lab.noise import Estimate, contrast, pooled_noise
 from sophia.lab.protocol import Protocol
-from sophia.lab.speedup import Ratio, baseline_curve, speedup
+from sophia.lab.speedup import Ratio, curve_of, speedup
 from sophia.lab.strict import to_json
 from sophia.lab.training import Progress as Trained
 from sophia.lab.training import train
@@ -159,7 +159,7 @@ def gaps(records: Records) -> list[Gap]:
         difference = contrast(ends, {(CONTENDER, most // 2): 1.0, (BASELINE, most): -1.0}, noise)
         if difference is None:
             continue
-        curve = baseline_curve(ends, BASELINE, noise)
+        curve = curve_of(ends, BASELINE, noise)
         ratio = None if isinstance(curve, str) else speedup(ends, CONTENDER, BASELINE, curve, noise)
         parameters = next(r.result["parameters"] for r in rows if r.result["parameters"] is not None)
         found.append(Gap(size, parameters, most, difference, ratio))

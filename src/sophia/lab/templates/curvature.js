@@ -45,6 +45,13 @@
     series: [{}, ...series], bands: more.bands || [],
   });
 
+  // Powers of ten inside the axis, five of them at most; where it holds fewer than two, its own ends.
+  function decades(u, axis, low, high) {
+    const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9), stride = Math.max(1, Math.ceil((last - first + 1) / 5)), found = [];
+    for (let power = first; power <= last; power += stride) found.push(10 ** power);
+    return found.length > 1 ? found : [low, high];
+  }
+
   let drawn = 0;
   data.contenders.forEach(({name}) => {
     const telling = data.runs.filter(r => r.contender === name && tells(r));
@@ -66,15 +73,18 @@
       }));
       drawn++;
     }
-    const quantiles = Object.entries(QUANTILES).map(([key, words]) => [words, line(runs, key, true)]).filter(l => l[1].length);
+    // Hutchinson's h has negative entries; then the lower quantile has no place on a logarithmic axis.
+    const all = Object.entries(QUANTILES).map(([key, words]) => [words, line(runs, key, true)]);
+    const median = all[1][1].length, quantiles = all.filter(([words, l]) => l.length && (words !== "5%" || l.length >= median));
     if (quantiles.length) {
-      chart(name, budget, "h, 5% to 95%", about, tell => {
-        const places = Object.fromEntries(quantiles.map(([words], i) => [words, i + 1]));
-        const bands = places["5%"] && places["95%"] ? [{series: [places["95%"], places["5%"]], fill: lab.colour(name) + "38"}] : [];
+      const places = Object.fromEntries(quantiles.map(([words], i) => [words, i + 1])), low = places["5%"] || places.median;
+      const range = places["5%"] ? "h, 5% to 95%" : "h, median to 95%; 5% of it is zero or less";
+      chart(name, budget, range, about, tell => {
+        const bands = low && places["95%"] ? [{series: [places["95%"], low], fill: lab.colour(name) + "38"}] : [];
         return {
           options: options(
             quantiles.map(([words]) => ({stroke: lab.colour(name), width: words === "median" ? 2 : 0, spanGaps: true, points: {show: false}})),
-            {distr: 3}, {bands, axis: {values: (u, ticks) => ticks.map(v => v === null || !Number.isInteger(+Math.log10(v).toFixed(6)) ? "" : v.toExponential(0))}},
+            {distr: 3}, {bands, axis: {splits: decades, filter: (u, ticks) => ticks, values: (u, ticks) => ticks.map(v => v.toExponential(0))}},
           ),
           table: lab.joined(quantiles.map(q => q[1])),
           tell: tell(quantiles, v => v.toExponential(1)),

@@ -29,7 +29,7 @@
     const [bottom, top] = [Math.min(...ys), Math.max(...ys)], pad = 0.07 * (top - bottom) || 0.05 * Math.abs(top) || 1;
     return {
       options: {
-        height: box.clientWidth < 560 ? 300 : 360,
+        height: box.clientWidth < 560 ? 300 : 400,
         scales: {x: {time: false, distr: 3, range: [low, high]}, y: {range: [bottom - pad, top + pad]}},
         axes: [
           lab.axis({label: "budget in steps", splits: () => budgets, filter: (u, ticks) => ticks, values: (u, ticks) => ticks.map(group)}),
