@@ -57,7 +57,7 @@ BAD_FOR_ALL = [
     ("fraction", 1.5, "fraction=1.5: the share of the batch used for a refresh is at most 1"),
     ("fraction", "half", "fraction='half': expected a number"),
     ("mode", "auto", "mode='auto' is unknown: give one of 'replay', 'manual'"),
-    ("state_dtype", torch.bfloat16, "state_dtype=torch.bfloat16 is unknown: give one of torch.float32"),
+    ("state_dtype", torch.float16, "state_dtype=torch.float16 is unknown: give one of torch.float32"),
     ("estimator", "gnn", "estimator='gnn' is unknown: give 'gnb', 'hutchinson', 'empirical_fisher' or an"),
     ("likelihood", "softmax", "likelihood='softmax' is unknown"),
 ]
@@ -103,6 +103,8 @@ EDGES = [
     {"update_every": 1},
     {"fraction": 1},
     {"state_dtype": torch.float64},
+    {"state_dtype": torch.bfloat16},
+    {"stochastic_rounding": True},
     {"estimator": "hutchinson"},
     {"estimator": "empirical_fisher"},
     {"estimator": Given()},
@@ -196,8 +198,8 @@ def test_model_decays_matrices_only():
 SIGNATURE = """model_or_params, lr=0.0006, betas=None, gamma=None, eps=1e-12, weight_decay=0.1, *,
 model=None, rule='paper', damping=0.5, update_every=10, fraction=0.5, estimator='gnb',
 likelihood='categorical', mode='replay', seed=0, logits_fn=None, mask_fn=None, copy_inputs=False,
-process_group=None, state_dtype=torch.float32, maximize=False, foreach=None, fused=None, capturable=False,
-differentiable=False"""
+process_group=None, state_dtype=torch.float32, stochastic_rounding=False, maximize=False,
+foreach=None, fused=None, capturable=False, differentiable=False"""
 
 
 def test_what_none_stands_for():

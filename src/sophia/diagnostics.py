@@ -52,7 +52,7 @@ def _counts(groups: Groups) -> Tensor:
     pieces: list[Tensor] = []
     for ms, hs, gamma, eps in groups:
         for m, h in zip(ms, hs, strict=True):
-            scaled = h * gamma
+            scaled = h.to(torch.promote_types(h.dtype, torch.float32)) * gamma
             pieces.append(
                 torch.stack([(m.abs() < scaled).sum(), (scaled <= eps).sum(), (h == 0).sum()]).cpu()
             )

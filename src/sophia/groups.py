@@ -83,8 +83,11 @@ def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first setting of a parameter group that cannot be meant."""
+def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
+    """Raise ValueError or RuntimeError for the first setting of a parameter group that cannot be meant.
+
+    ``rounds``: whether state or parameters are rounded stochastically.
+    """
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(
@@ -126,6 +129,12 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["differentiable"] and (group["foreach"] or group["fused"]):
         raise RuntimeError(
             "differentiable=True runs tensor by tensor: it goes with neither foreach=True nor fused=True"
+        )
+    if rounds and (group["differentiable"] or group["capturable"]):
+        raise RuntimeError(
+            "stochastic rounding (state_dtype=torch.bfloat16 or stochastic_rounding=True) goes with neither "
+            "differentiable=True nor capturable=True: a rounding has no derivative, and a captured graph "
+            "would repeat the noise of one step. Keep the state in torch.float32"
         )
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, cast
@@ -21,9 +21,12 @@ from sophia.diagnostics import describe
 from sophia.groups import RULES, check_group, decayed_and_not, hidden_apart, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import choose
+from sophia.kernels.curvature import average
 from sophia.likelihoods import Likelihood, likelihood_named
+from sophia.noise import seed_for
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
-from sophia.sharding import check_whole, is_dtensor, local
+from sophia.rounding import key_of_parameter, moved
+from sophia.sharding import check_whole, first_element, is_dtensor, local
 from sophia.state import check_origin, new_state, restore_state
 from sophia.update_rule import corrected_gamma
 from sophia.wrappers import unwrapped
@@ -34,8 +37,8 @@ __all__ = ["Sophia"]
 _BETAS = {True: (0.96, 0.99), False: (0.9, 0.9)}
 _GAMMA = {True: 0.05, False: 0.2}
 
-_Work = tuple[ModuleType, tuple[list[Tensor], ...], dict[str, Any], bool]
-"""A kernel, the four lists of tensors and the settings that it is called with, and whether under a graph."""
+_Work = tuple[ModuleType, tuple[Sequence[Tensor], ...], dict[str, Any], bool]
+"""A kernel, the four columns of tensors and the settings of its call, and whether under a graph."""
 
 
 class Sophia(torch.optim.Optimizer):
@@ -80,10 +83,13 @@ class Sophia(torch.optim.Optimizer):
         copy_inputs: keep copies of the model's inputs on due steps, for loops that overwrite them.
         process_group: ranks that train the same parameters on other data, or a device mesh of them; None for
             the wrapper's or else the default group, False for this process alone.
-        state_dtype: of m and h; float64 parameters have float64 state.
+        state_dtype: of m and h: float32, float64, or bfloat16, which halves them and is rounded
+            stochastically. Float64 parameters have float64 state.
+        stochastic_rounding: round parameters in bfloat16 up or down by chance, so that steps below their
+            precision are right in the mean instead of lost; other parameters are not touched by it.
         maximize: as in ``torch.optim.AdamW``.
         foreach: as there; None chooses.
-        fused: as there: one compiled pass for float32 on a CPU; None chooses.
+        fused: as there: one compiled pass on a CPU; None chooses.
         capturable: as there; the refresh itself is not captured.
         differentiable: as there.
 
@@ -124,6 +130,7 @@ class Sophia(torch.optim.Optimizer):
         copy_inputs: bool = False,
         process_group: Any = None,
         state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -134,9 +141,8 @@ class Sophia(torch.optim.Optimizer):
         check_option("rule", rule, RULES)
         betas = _BETAS[rule == "paper"] if betas is None else betas
         gamma = _GAMMA[rule == "paper"] if gamma is None else gamma
-        # Half-precision state needs stochastic rounding to average at all; it is not offered before it has
-        # it.
-        check_option("state_dtype", state_dtype, (torch.float32, torch.float64))
+        # Not float16: an h of 1e-8 would be zero in it.
+        check_option("state_dtype", state_dtype, (torch.float32, torch.float64, torch.bfloat16))
         check_fraction(fraction)
         if isinstance(model_or_params, nn.Module):
             if model is not None and model is not model_or_params:
@@ -160,7 +166,8 @@ class Sophia(torch.optim.Optimizer):
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
             params = hidden_apart(params, model, rule)
-        self.mode, self.fraction, self.state_dtype = mode, fraction, state_dtype
+        self.mode, self.fraction = mode, fraction
+        self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
         self.estimator = estimator_named(estimator, self.likelihood)
         self.logits_fn, self.mask_fn, self.copy_inputs, self.process_group = (
@@ -194,7 +201,7 @@ class Sophia(torch.optim.Optimizer):
             "skipped": 0,
             "counted": 0.0,
         }
-        check_group(defaults)
+        check_group(defaults, rounds=self._rounds)
         super().__init__(params, defaults)
         if model is not None:
             self.attach(model)
@@ -301,7 +308,10 @@ class Sophia(torch.optim.Optimizer):
         # wrongly: all parameters would have the state of one.)
         for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
             with torch.set_grad_enabled(differentiable):
-                kernel.step(*columns, **settings)
+                if "keys" in settings:  # the noise of a step, which a graph would bake in too
+                    _step_outside_of_graphs(kernel, columns, settings)
+                else:
+                    kernel.step(*columns, **settings)
         return loss
 
     @untraced
@@ -343,9 +353,9 @@ class Sophia(torch.optim.Optimizer):
         return bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
 
     def _work_of(self, group: dict[str, Any], compiling: bool) -> Iterator[_Work]:
-        """The parameters of a group that have a gradient, in lists of one kernel, device and dtype."""
+        """The parameters of a group that have a gradient, by kernel, device and dtypes."""
         settings = {
-            "lr": _lr_for_the_kernel(group, compiling and group["rule"] == "paper"),
+            "lr": _lr_for_the_kernel(group, compiling and group["rule"] == "paper" and not self._rounds),
             "beta1": float(group["betas"][0]),
             "gamma": _gamma(group),
             "eps": float(group["eps"]),
@@ -354,7 +364,8 @@ class Sophia(torch.optim.Optimizer):
         }
         if group["rule"] != "paper":
             settings |= {name: group[name] for name in ("rule", "damping", "scale")}
-        lists: dict[tuple[ModuleType, torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
+        lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int]]] = {}
+        noise = self._keys("step", group)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -362,11 +373,17 @@ class Sophia(torch.optim.Optimizer):
             row: tuple[Tensor, ...] = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
             if is_dtensor(parameter) and not group["differentiable"]:
                 row = self._shards(*row)
-            key = (choose(group, settings["lr"], row), row[0].device, row[0].dtype)
-            for column, tensor in zip(lists.setdefault(key, ([], [], [], [])), row, strict=True):
-                column.append(tensor)
-        for (kernel, _, _), columns in lists.items():
-            yield kernel, columns, settings, bool(group["differentiable"])
+            kind = (choose(group, settings["lr"], row), row[0].device, row[0].dtype, row[2].dtype)
+            if kind not in lists:
+                lists[kind] = ([], [])
+            rows, keys = lists[kind]
+            rows.append(row)
+            if noise:
+                keys.append(noise[id(parameter)])
+        for (kernel, *_), (rows, keys) in lists.items():
+            more = {"keys": keys, "stochastic": self.stochastic_rounding} if keys else {}
+            columns = tuple(zip(*rows, strict=True))
+            yield kernel, columns, {**settings, **more}, bool(group["differentiable"])
 
     @staticmethod
     def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -461,15 +478,14 @@ class Sophia(torch.optim.Optimizer):
             )
         for group in groups:
             beta2 = float(group["betas"][1])
+            keys = self._keys("refresh", group)
             for parameter in group["params"]:
+                diagonal = diagonals[id(parameter)]  # None: the pass does not reach it, its estimate is zero
+                if diagonal is not None:
+                    turned = self.estimator.signed and group["maximize"]
+                    diagonal = local(diagonal.neg() if turned else diagonal)
                 hessian = local(self._state_of(parameter)["hessian"])
-                diagonal = diagonals[id(parameter)]
-                if diagonal is None:
-                    hessian.mul_(beta2)  # the estimate of a parameter that the pass does not reach is zero
-                    continue
-                if self.estimator.signed and group["maximize"]:
-                    diagonal = diagonal.neg()
-                hessian.lerp_(local(diagonal).to(hessian.device, hessian.dtype), 1 - beta2)
+                average(hessian, diagonal, beta2=beta2, key=keys.get(id(parameter)))
             group["refreshed"] = group["step"]
             group["refreshes"] += 1
         self._warned.discard("stale")
@@ -527,6 +543,24 @@ class Sophia(torch.optim.Optimizer):
 
     # ---- books ----
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether anything is rounded stochastically."""
+        return self.stochastic_rounding or self.state_dtype == torch.bfloat16
+
+    def _keys(self, purpose: str, group: dict[str, Any]) -> dict[int, int]:
+        """By id of a parameter, the key of its roundings in this step; empty where nothing is rounded.
+
+        Not the rank's: replicas must stay equal.
+        """
+        if not self._rounds:
+            return {}
+        key = seed_for(group["seed"], group["step"], f"rounding, {purpose}")
+        numbers = {id(p): number for number, p in enumerate(self._parameters())}
+        return {
+            id(p): moved(key_of_parameter(key, numbers[id(p)]), first_element(p)) for p in group["params"]
+        }
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
@@ -540,7 +574,7 @@ class Sophia(torch.optim.Optimizer):
         """As in torch; the group's settings are checked before anything is added, and it joins at the current
         step.
         """
-        check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group}, rounds=self._rounds)
         if self.param_groups:
             param_group = {
                 "step": self.param_groups[0]["step"],
@@ -596,6 +630,7 @@ class Sophia(torch.optim.Optimizer):
             "mode",
             "fraction",
             "state_dtype",
+            "stochastic_rounding",
             "likelihood",
             "estimator",
             "logits_fn",
@@ -633,6 +668,11 @@ def _lr_for_the_kernel(group: Mapping[str, Any], compiling: bool) -> float | Ten
         stays = compiling or group["capturable"] or group["differentiable"] or lr.requires_grad
         return lr.reshape(()) if stays else lr.item()
     return torch.tensor(lr, dtype=torch.float64) if compiling and not group["differentiable"] else lr
+
+
+@untraced
+def _step_outside_of_graphs(kernel: ModuleType, columns: tuple[Sequence[Tensor], ...], settings: Any) -> None:
+    kernel.step(*columns, **settings)
 
 
 def _number(value: float | Tensor) -> float:

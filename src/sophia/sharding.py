@@ -6,11 +6,12 @@ local tensors.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_whole", "is_dtensor", "laid_out_like", "local"]
+__all__ = ["check_whole", "first_element", "is_dtensor", "laid_out_like", "local"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -30,6 +31,27 @@ def check_whole(parameter: Tensor, rule: str) -> None:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, as a plain tensor that shares its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def first_element(tensor: Tensor) -> int:
+    """Where in the whole tensor, counted row by row, the part begins that this process holds; 0 for a plain
+    tensor.
+    """
+    if not is_dtensor(tensor):
+        return 0
+    whole: Any = tensor
+    return _first_element(tuple(whole.shape), whole.device_mesh, tuple(whole.placements))
+
+
+@lru_cache(maxsize=4096)
+def _first_element(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> int:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    first = 0
+    for size, offset in zip(shape, offsets, strict=True):
+        first = first * size + offset
+    return first
 
 
 def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:

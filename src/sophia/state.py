@@ -23,7 +23,7 @@ def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
     Float64 parameters have float64 state.
     """
-    wide = torch.promote_types(dtype, parameter.dtype)
+    wide = parameter.dtype if parameter.dtype == torch.float64 else dtype
     return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}
 
 

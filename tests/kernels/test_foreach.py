@@ -11,6 +11,7 @@ from torch import nn
 
 from reference import Reference, array, noise_like
 from sophia.kernels import foreach, fused_cpu, single_tensor
+from sophia.layout import is_dense
 
 BLOCK = foreach._BLOCK
 
@@ -55,7 +56,7 @@ def columns(tensors):
 
 def run(kernel, tensors, *, steps=5, gradient=noise_like, **changed):
     """Step copies of the tensors; return them and their m."""
-    params = [torch.empty_like(t).copy_(t) if foreach._dense(t) else t for t in tensors]
+    params = [torch.empty_like(t).copy_(t) if is_dense(t) else t for t in tensors]
     params, ms, hs = columns(params)
     for step in range(steps):
         with torch.no_grad():
@@ -92,7 +93,7 @@ def test_every_path_equals_the_rule(make, taken, dtype):
     check(single_tensor, make, dtype)
     if taken is not False:
         check(foreach, make, dtype)
-        if dtype == torch.float32 and not fused_cpu.unavailable():
+        if not fused_cpu.unavailable():
             check(fused_cpu, make, dtype)
 
 
@@ -118,6 +119,7 @@ def test_every_path_equals_the_rule(make, taken, dtype):
         (foreach, torch.float32),
         (single_tensor, torch.float64),
         (single_tensor, torch.float32),
+        (fused_cpu, torch.float64),
         (fused_cpu, torch.float32),
     ],
     ids=lambda v: getattr(v, "__name__", str(v)).rpartition(".")[2],
@@ -230,10 +232,19 @@ APPLIES = {
     "gradient transposed": (lambda: [torch.ones(3, 3), torch.ones(3, 3).t(), *[torch.ones(3, 3)] * 2], False),
     "state in float32, parameter in bfloat16": (
         lambda: [torch.ones(3, dtype=torch.bfloat16)] * 2 + [torch.ones(3)] * 2,
+        True,
+    ),
+    "all bfloat16": (lambda: four(torch.ones(3, dtype=torch.bfloat16)), True),
+    "state in float64": (lambda: [torch.ones(3)] * 2 + [torch.ones(3, dtype=torch.float64)] * 2, True),
+    "state in float16": (lambda: [torch.ones(3)] * 2 + [torch.ones(3, dtype=torch.float16)] * 2, False),
+    "m in bfloat16, h in float32": (
+        lambda: [torch.ones(3), torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.ones(3)],
         False,
     ),
-    "all bfloat16": (lambda: four(torch.ones(3, dtype=torch.bfloat16)), False),
-    "state in float64": (lambda: [torch.ones(3)] * 2 + [torch.ones(3, dtype=torch.float64)] * 2, False),
+    "gradient in float32, parameter in bfloat16": (
+        lambda: [torch.ones(3, dtype=torch.bfloat16), *[torch.ones(3)] * 3],
+        False,
+    ),
     "gaps": (lambda: [torch.ones(6)[::2]] * 4, False),
     "overlaps": (lambda: [torch.ones(1).expand(3)] * 4, False),
     "subclass": (lambda: four(torch.ones(3).as_subclass(Wrapped)), False),

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,9 +83,12 @@ CHOICES = [
     ({"foreach": False, "fused": False}, 0.1, ROW, single_tensor, single_tensor),
     ({"differentiable": True}, 0.1, ROW, single_tensor, single_tensor),
     ({}, torch.tensor(0.1), ROW, foreach, foreach),
-    ({}, 0.1, tuple(t.double() for t in ROW), foreach, foreach),
-    ({}, 0.1, (ROW[0].half(), ROW[1].half(), *ROW[2:]), single_tensor, single_tensor),
-    ({"fused": True}, 0.1, (ROW[0].half(), ROW[1].half(), *ROW[2:]), single_tensor, single_tensor),
+    ({}, 0.1, tuple(t.double() for t in ROW), fused_cpu, foreach),
+    ({}, 0.1, (*ROW[:2], ROW[2].double(), ROW[3].double()), foreach, foreach),
+    ({}, 0.1, (ROW[0].half(), ROW[1].half(), *ROW[2:]), fused_cpu, foreach),
+    ({}, 0.1, tuple(t.bfloat16() for t in ROW), fused_cpu, foreach),
+    ({"fused": True}, 0.1, (ROW[0].half(), ROW[1].half(), *ROW[2:]), fused_cpu, foreach),
+    ({"fused": True}, 0.1, (ROW[0].half(), *ROW[1:]), single_tensor, single_tensor),
     ({}, 0.1, (torch.zeros(6)[::2], *ROW[1:]), single_tensor, single_tensor),
 ]
 
@@ -111,11 +115,18 @@ def test_without_the_kernel_fused_true_says_why(monkeypatch):
 
 
 def test_why_it_is_unavailable(monkeypatch, tmp_path):
-    """The reason is what a user needs: not built, or built for another machine."""
+    """The reason is what a user needs: not built, built for another machine, or of another version,
+    whose call would read arguments from the wrong places.
+    """
     fused_cpu._library.cache_clear()
     monkeypatch.setattr(fused_cpu, "__file__", str(tmp_path / "fused_cpu.py"))
     assert "no C compiler was found" in fused_cpu.unavailable()
     fused_cpu._library.cache_clear()
     (tmp_path / "_fused_cpu.so").write_bytes(os.urandom(100))
     assert "cannot be loaded" in fused_cpu.unavailable()
+    fused_cpu._library.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(fused_cpu, "_VERSION", -1)
+    if Path(fused_cpu.__file__).with_name("_fused_cpu.so").exists():
+        assert "belongs to another version of the package" in fused_cpu.unavailable()
     fused_cpu._library.cache_clear()

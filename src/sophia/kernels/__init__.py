@@ -1,9 +1,14 @@
 """The rule of ``update_rule.py`` applied in place to lists of tensors; each path is held to it by a test.
 
 single_tensor   one tensor after another, by the rule itself: any layout, dtype, tensor lr, differentiable
-foreach         few passes over lists of dense tensors of one dtype
+foreach         few passes over lists of dense tensors
 variants        the rules "damped" and "spectral", tensor by tensor
-fused_cpu       one pass, compiled, for float32 on a CPU
+fused_cpu       one pass, compiled, on a CPU
+curvature       the average of h
+
+The arithmetic is that of float32, or of float64 where the parameter or its state has it. Half-precision
+parameters are rounded once, at the end; to nearest unless stochastic rounding was asked for. State in
+bfloat16 is always rounded stochastically (``rounding.py``), from ``keys``, one a parameter.
 """
 
 from __future__ import annotations

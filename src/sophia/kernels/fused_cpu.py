@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,10 +20,34 @@ import torch
 from torch import Tensor
 
 from sophia.kernels import foreach
+from sophia.layout import is_dense
+from sophia.rounding import moved
 
-__all__ = ["applies", "step", "unavailable"]
+__all__ = ["applies", "average", "averages", "step", "unavailable"]
 
+_VERSION = 2  # of the interface, as in fused_cpu.c
 _LEAST = 2**15  # elements that are worth a thread of their own
+
+# Dtypes of parameters and of state, and whether parameters are rounded stochastically: the loops of the
+# library by their numbers.
+_F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_LOOPS = {
+    (_F32, _F32, False): 0,
+    (_F64, _F64, False): 1,
+    (_BF16, _F32, False): 2,
+    (_BF16, _F32, True): 3,
+    (_F16, _F32, False): 4,
+    (_F32, _BF16, False): 5,
+    (_BF16, _BF16, False): 6,
+    (_BF16, _BF16, True): 7,
+    (_F16, _BF16, False): 8,
+}
+
+
+class _Settings(ctypes.Structure):
+    """The numbers of a step, as the library has them."""
+
+    _fields_ = tuple((name, ctypes.c_double) for name in ("beta1", "gradient", "lr", "decay", "gamma", "eps"))
 
 
 @cache
@@ -36,9 +60,13 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"the compiled kernel cannot be loaded ({error})"
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.sophia_step.argtypes = [count, *[pointer] * 5, *[count] * 2, *[number] * 6]
+    if not hasattr(library, "sophia_version") or library.sophia_version() != _VERSION:
+        return "the compiled kernel belongs to another version of the package: install the package again"
+    pointer, count, key, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_double
+    library.sophia_step.argtypes = [ctypes.c_int32, count, *[pointer] * 6, *[count] * 2, pointer]
     library.sophia_step.restype = None
+    library.sophia_average.argtypes = [pointer, pointer, count, key, number, number]
+    library.sophia_average.restype = None
     return library
 
 
@@ -49,10 +77,10 @@ def unavailable() -> str | None:
 
 
 def applies(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bool:
-    """Whether these four can be walked through as flat float32 memory of a CPU."""
+    """Whether these four can be walked through as flat memory of a CPU, in dtypes that the library has."""
     return (
-        param.dtype == torch.float32
-        and param.device.type == "cpu"
+        param.device.type == "cpu"
+        and (param.dtype, exp_avg.dtype, False) in _LOOPS
         and foreach.applies(param, grad, exp_avg, hessian)
     )
 
@@ -69,40 +97,89 @@ def step(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    keys: Sequence[int] | None = None,
+    stochastic: bool = False,
 ) -> None:
-    """As ``single_tensor.step``; all tensors such that ``applies`` holds."""
+    """As ``single_tensor.step``; all tensors of one pair of dtypes, and such that ``applies`` holds. State in
+    bfloat16 needs ``keys``: this path has no rounding to nearest for it.
+    """
+    if not params:
+        return
     library = _library()
     assert not isinstance(library, str), library
+    dtype, kept = params[0].dtype, exp_avgs[0].dtype
+    loop = _LOOPS[dtype, kept, stochastic and dtype == _BF16]
+    assert keys is not None or (kept != _BF16 and not stochastic), "stochastic rounding needs keys"
     rate = float(lr)
+    settings = _Settings(
+        beta1, beta1 - 1 if maximize else 1 - beta1, rate, 1 - rate * weight_decay, gamma, eps
+    )
     lengths = array("q", [p.numel() for p in params])
+    noise = None if keys is None else array("Q", keys)
     # Addresses are taken anew each step: gradients move when they are set to None.
     table = [array("q", [t.data_ptr() for t in column]) for column in (params, grads, exp_avgs, hessians)]
     total = sum(lengths)
 
     def part(begin: int, end: int) -> None:
         library.sophia_step(
+            loop,
             len(lengths),
             lengths.buffer_info()[0],
             *(column.buffer_info()[0] for column in table),
+            None if noise is None else noise.buffer_info()[0],
             begin,
             end,
-            -1.0 if maximize else 1.0,
-            beta1,
-            rate,
-            1 - rate * weight_decay,
-            gamma,
-            eps,
+            ctypes.addressof(settings),
         )
 
+    _in_parts(part, total)
+    # The C loop is invisible to autograd: tell it that these have changed, as an in-place operation would.
+    torch.autograd.graph.increment_version([*params, *exp_avgs])
+
+
+def averages(hessian: Tensor, diagonal: Tensor | None) -> bool:
+    """Whether ``average`` can serve."""
+    return (
+        hessian.dtype == _BF16
+        and hessian.device.type == "cpu"
+        and type(hessian) is Tensor
+        and unavailable() is None
+        and is_dense(hessian)
+        and (
+            diagonal is None
+            or (
+                diagonal.dtype == _F32
+                and type(diagonal) is Tensor
+                and diagonal.device == hessian.device
+                and diagonal.stride() == hessian.stride()
+            )
+        )
+    )
+
+
+def average(hessian: Tensor, diagonal: Tensor | None, *, beta2: float, key: int) -> None:
+    """As ``curvature.average``, for h in bfloat16 where ``averages`` holds."""
+    library = _library()
+    assert not isinstance(library, str), library
+    h, d = hessian.data_ptr(), 0 if diagonal is None else diagonal.data_ptr()
+
+    def part(begin: int, end: int) -> None:
+        where = d + 4 * begin if d else None
+        library.sophia_average(h + 2 * begin, where, end - begin, moved(key, begin), beta2, 1 - beta2)
+
+    _in_parts(part, hessian.numel())
+    torch.autograd.graph.increment_version([hessian])
+
+
+def _in_parts(part: Callable[[int, int], None], total: int) -> None:
+    """Call ``part(begin, end)`` for equal parts of [0, total), one a thread."""
     threads = max(1, min(torch.get_num_threads(), total // _LEAST))
-    # Multiples of a cache line, so that no two threads write into one.
-    edges = [total * i // threads // 16 * 16 for i in range(threads)] + [total]
+    # Multiples of a cache line in every dtype, so that no two threads write into one.
+    edges = [total * i // threads // 32 * 32 for i in range(threads)] + [total]
     waiting = [_pool().submit(part, *edges[i : i + 2]) for i in range(1, threads)]
     part(*edges[:2])
     for future in waiting:
         future.result()
-    # The C loop is invisible to autograd: tell it that these have changed, as an in-place operation would.
-    torch.autograd.graph.increment_version([*params, *exp_avgs])
 
 
 @cache

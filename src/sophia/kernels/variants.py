@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced
 
 from sophia.kernels import foreach
+from sophia.layout import flat
+from sophia.rounding import store
 from sophia.update_rule import average_gradient, damped_direction, look_ahead, spectral_direction
 
 __all__ = ["step"]
@@ -37,19 +39,23 @@ def step(
     scale: float,
     weight_decay: float,
     maximize: bool,
+    keys: Sequence[int] | None = None,
+    stochastic: bool = False,
 ) -> None:
     """Change ``params`` and ``exp_avgs`` in place by one step of ``rule``; ``gamma`` is already corrected.
 
-    A tensor that is no matrix is moved by the damped rule, whatever ``rule`` says.
+    A tensor that is no matrix is moved by the damped rule, whatever ``rule`` says. The rest is as in
+    ``single_tensor.step``.
     """
-    for row in zip(params, grads, exp_avgs, hessians, strict=True):
+    for i, row in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
         spectral = rule == "spectral" and row[0].ndim == 2
+        wide = torch.promote_types(torch.promote_types(row[0].dtype, row[2].dtype), torch.float32)
         dense = row[0].device.type == "cpu" and foreach.applies(*row) and not torch.is_grad_enabled()
+        dense = dense and row[0].dtype == row[2].dtype == wide
         if dense and not (spectral or maximize or isinstance(lr, Tensor)):
             _damped_in_blocks(*row, lr * scale, beta1, gamma, eps, damping, 1 - lr * weight_decay)
             continue
         param, grad, exp_avg, hessian = row
-        wide = torch.promote_types(param.dtype, exp_avg.dtype)
         g = (-grad if maximize else grad).to(wide)
         m = average_gradient(exp_avg.to(wide), g, beta1=beta1)
         u, h = look_ahead(m, g, beta1=beta1), hessian.to(wide)
@@ -57,10 +63,11 @@ def step(
             direction = spectral_direction(u, h)
         else:
             direction = damped_direction(u, h, gamma=gamma, eps=eps, damping=damping)
-        theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before copy_ below
+        theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before it is stored
         theta = theta * (1 - lr * weight_decay) - lr * scale * direction
-        exp_avg.copy_(m)
-        param.copy_(theta)
+        key = None if keys is None else keys[i]
+        store(exp_avg, m, key)
+        store(param, theta, key if stochastic else None, upper=True)
 
 
 def _damped_in_blocks(
@@ -90,6 +97,4 @@ def _damped_in_blocks(
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    # Dense tensors of equal strides: walking them in storage order pairs the same coordinates.
-    flat = [t.detach().as_strided((t.numel(),), (1,), t.storage_offset()) for t in tensors]
-    return zip(*(torch.split(f, _BLOCK) for f in flat), strict=True)
+    return zip(*(torch.split(flat(t), _BLOCK) for t in tensors), strict=True)
