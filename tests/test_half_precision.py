@@ -199,8 +199,8 @@ def test_a_compiled_step_draws_new_noise_every_step():
 
 @pytest.mark.parametrize(("rule", "near"), [("damped", 0.15), ("spectral", 0.5)])
 def test_the_other_rules_round_too(rule, near):
-    """A rule that computes in 8 bits, or ignores the setting. The spectral one moves along all singular vectors
-    of m alike, also along those that lie below its rounding: it stays less near.
+    """A rule that computes in 8 bits, or ignores the setting. The spectral one moves along all singular
+    vectors of m alike, also along those that lie below its rounding: it stays less near.
     """
     runs = []
     for settings in ({}, {"state_dtype": torch.float32}):

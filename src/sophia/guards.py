@@ -49,7 +49,7 @@ def check_fraction(value: Any) -> None:
 
 def check_gradient(gradient: Tensor, parameter: Tensor) -> None:
     """Raise RuntimeError for a gradient that the update cannot take, before anything has moved."""
-    if gradient.is_sparse or gradient.layout != torch.strided:
+    if gradient.layout != torch.strided:
         raise RuntimeError(
             "Sophia does not support sparse gradients (an Embedding with sparse=True?): m and h are dense. "
             "Build the layer with sparse=False"

@@ -367,10 +367,11 @@ class Sophia(torch.optim.Optimizer):
         lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int]]] = {}
         noise = self._keys("step", group)
         for parameter in group["params"]:
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 continue
             state = self._state_of(parameter)
-            row: tuple[Tensor, ...] = (parameter, parameter.grad, state["exp_avg"], state["hessian"])
+            row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
             if is_dtensor(parameter) and not group["differentiable"]:
                 row = self._shards(*row)
             kind = (choose(group, settings["lr"], row), row[0].device, row[0].dtype, row[2].dtype)
