@@ -14,7 +14,13 @@ from sophia.lab.experiments.experiment import Experiment
 
 __all__ = ["NAMES", "every", "find"]
 
-NAMES: tuple[str, ...] = ("toy-landscape", "overhead", "stability", "ablations")
+NAMES: tuple[str, ...] = (
+    "toy-landscape",
+    "condition-number",
+    "overhead",
+    "stability",
+    "ablations",
+)
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
 
