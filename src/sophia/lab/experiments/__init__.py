@@ -17,6 +17,10 @@ __all__ = ["NAMES", "every", "find"]
 NAMES: tuple[str, ...] = (
     "toy-landscape",
     "condition-number",
+NAMES: tuple[str, ...] = (
+    "toy-landscape",
+    "condition-number",
+    "estimators",
     "overhead",
     "stability",
     "ablations",

@@ -58,11 +58,11 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
         for method, angle in product(("AdamW", "Sophia, Rademacher"), angles)
     ]
     for case in records.left(cases, progress):
-        records.add(case, **_result(case, 60 if quick else LIMIT, progress))
+        records.add(case, **_result(case, quick, progress))
 
 
-def _result(case: Case, limit: int, progress: Progress) -> dict[str, Any]:
-    kappa = case["kappa"]
+def _result(case: Case, quick: bool, progress: Progress) -> dict[str, Any]:
+    kappa, limit = case["kappa"], 60 if quick else LIMIT
     if case["part"] == "SignGD at its worst":
         numbers = {"gap": RACE_GAP, "target": RACE_TARGET}
         return {
@@ -85,6 +85,7 @@ def _result(case: Case, limit: int, progress: Progress) -> dict[str, Any]:
         limit=limit,
         predictions=PREDICTIONS,
         seed=1,
+        grid=descents.METHODS[case["method"]][1][:: 12 if quick else 1],
         progress=progress,
     )
     return {"steps": arrival.steps, "settings": arrival.settings, "limit": limit}
