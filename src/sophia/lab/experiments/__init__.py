@@ -20,10 +20,7 @@ NAMES: tuple[str, ...] = (
 NAMES: tuple[str, ...] = (
     "toy-landscape",
     "condition-number",
-    "estimators",
-    "overhead",
-    "stability",
-    "ablations",
+    "even-progress",
 )
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 

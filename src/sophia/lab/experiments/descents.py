@@ -19,7 +19,16 @@ from sophia.curvature import Hutchinson
 from sophia.lab.experiments.progress import Progress
 from sophia.lab.experiments.valleys import Valley
 
-__all__ = ["METHODS", "Arrival", "clipped_newton", "race", "sign_descent_at_worst", "signs_bound"]
+__all__ = [
+    "METHODS",
+    "Arrival",
+    "clipped_newton",
+    "losses_by_dimension",
+    "race",
+    "rates",
+    "sign_descent_at_worst",
+    "signs_bound",
+]
 
 PATIENCE = 50
 """So many steps in a row all starts must be below the target: an oscillation that passes it does not count.
@@ -125,6 +134,32 @@ def race(
     return Arrival(None, None)
 
 
+def losses_by_dimension(
+    method: str,
+    valley: Valley,
+    starts: Tensor,
+    steps: int,
+    *,
+    predictions: int | None,
+    settings: Sequence[Settings],
+) -> Tensor:
+    """On a quadratic, the loss of each eigendirection along the paths of all settings, in the mean over
+    ``starts`` (n, d): (steps + 1, settings, d). None predictions: no noise.
+    """
+    build, _ = METHODS[method]
+    points = starts.repeat(len(settings), 1, 1)
+    update = build(valley, points, settings)
+    generator = torch.Generator().manual_seed(3)
+    quiet = torch.zeros_like(starts)
+    found = []
+    for step in range(steps + 1):
+        found.append((valley.eigenvalues * (points @ valley.basis) ** 2 / 2).mean(1))
+        if step < steps:
+            noise = quiet if predictions is None else valley.noise((len(starts),), predictions, generator)
+            update(noise, step)
+    return torch.stack(found)
+
+
 def _gradient_descent(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> Update:
     rate = torch.tensor([s["lr"] for s in settings], dtype=torch.float64)[:, None, None]
     rate = rate / valley.eigenvalues.max()  # in units of what the sharpest direction allows
@@ -187,17 +222,18 @@ def _sophia(distribution: str) -> Build:
     return build
 
 
-def _rates(low: float, high: float, number: int) -> list[float]:
+def rates(low: float, high: float, number: int) -> list[float]:
+    """Step sizes from 10^low to 10^high, evenly spread in the logarithm, to four digits."""
     return [float(f"{r:.4g}") for r in torch.logspace(low, high, number, dtype=torch.float64)]
 
 
 # rate = lr / gamma, the share of a Newton step that an unclipped coordinate takes
-_SOPHIA = [{"lr": r, "rate": share} for r in _rates(-3, 0, 19) for share in (0.003, 0.01, 0.03, 0.1, 0.3)]
+_SOPHIA = [{"lr": r, "rate": share} for r in rates(-3, 0, 19) for share in (0.003, 0.01, 0.03, 0.1, 0.3)]
 
 METHODS: dict[str, tuple[Build, list[dict[str, Any]]]] = {
     "gradient descent": (_gradient_descent, [{"lr": r} for r in (0.5, 1.0, 1.3, 1.6, 1.8, 1.9, 1.97)]),
-    "SignGD": (_sign_descent, [{"lr": r} for r in _rates(-5, 0, 61)]),
-    "AdamW": (_adamw, [{"lr": r} for r in _rates(-4, 1, 41)]),
+    "SignGD": (_sign_descent, [{"lr": r} for r in rates(-5, 0, 61)]),
+    "AdamW": (_adamw, [{"lr": r} for r in rates(-4, 1, 41)]),
     "Sophia": (_sophia("gaussian"), _SOPHIA),
     "Sophia, Rademacher": (_sophia("rademacher"), _SOPHIA),
 }

@@ -24,7 +24,7 @@ RADIUS: dict[str, float] = {
     # phi'' = (1 + x^2)^(-3/2), and sqrt((1 + b^2) / (1 + a^2)) <= t where t - 1/t = |a - b|; t^3 = 2
     "pseudo-Huber": 2 ** (1 / 3) - 2 ** (-1 / 3),
 }
-"""R of Assumption 4.2, by the name of phi."""
+"""R of Assumption 4.2, by the name of phi; a quadratic's is as large as one likes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Valley:
     """One such function; all points are float64 ``(..., d)``."""
 
     phi: str
-    """"log cosh" or "pseudo-Huber"."""
+    """"log cosh", "pseudo-Huber" or "quadratic"."""
     eigenvalues: Tensor
     """lambda, (d,)."""
     basis: Tensor
@@ -44,6 +44,8 @@ class Valley:
         if self.phi == "log cosh":
             # Not by |x|: automatic differentiation would give no curvature at 0, where many starts lie.
             value = torch.logaddexp(x, -x) - math.log(2)
+        elif self.phi == "quadratic":
+            value = x**2 / 2
         else:
             value = x**2 / (1 + torch.sqrt(1 + x**2))
         return (self.eigenvalues * value).sum(-1)
@@ -51,13 +53,19 @@ class Valley:
     def gradient(self, theta: Tensor) -> Tensor:
         """Its gradient, (..., d)."""
         x = theta @ self.basis
-        slope = torch.tanh(x) if self.phi == "log cosh" else x / torch.sqrt(1 + x**2)
+        if self.phi == "quadratic":
+            slope = x
+        else:
+            slope = torch.tanh(x) if self.phi == "log cosh" else x / torch.sqrt(1 + x**2)
         return (self.eigenvalues * slope) @ self.basis.T
 
     def hessian(self, theta: Tensor) -> Tensor:
         """Its Hessian, (..., d, d)."""
         x = theta @ self.basis
-        second = torch.cosh(x) ** -2 if self.phi == "log cosh" else (1 + x**2) ** -1.5
+        if self.phi == "quadratic":
+            second = torch.ones_like(x)
+        else:
+            second = torch.cosh(x) ** -2 if self.phi == "log cosh" else (1 + x**2) ** -1.5
         return (self.basis * (self.eigenvalues * second)[..., None, :]) @ self.basis.T
 
     def start(self, parts: Tensor, gap: float) -> Tensor:
@@ -70,6 +78,8 @@ class Valley:
         if self.phi == "log cosh":
             above = torch.expm1(part)  # cosh x - 1
             x = torch.log1p(above + torch.sqrt(above * (above + 2)))
+        elif self.phi == "quadratic":
+            x = torch.sqrt(2 * part)
         else:
             x = torch.sqrt(part * (part + 2))
         return x @ self.basis.T
