@@ -17,10 +17,11 @@ __all__ = ["NAMES", "every", "find"]
 NAMES: tuple[str, ...] = (
     "toy-landscape",
     "condition-number",
-NAMES: tuple[str, ...] = (
-    "toy-landscape",
-    "condition-number",
     "even-progress",
+    "estimators",
+    "overhead",
+    "stability",
+    "ablations",
 )
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
