@@ -22,6 +22,8 @@ NAMES: tuple[str, ...] = (
     "overhead",
     "stability",
     "ablations",
+    "one-line",
+    "few-resources",
 )
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
