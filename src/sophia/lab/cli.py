@@ -20,6 +20,7 @@ NEEDED = ("tyro", "rich", "numpy", "scipy", "tokenizers", "transformers", "matpl
 def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
+    from sophia.lab.commands.claims import Claims
     from sophia.lab.commands.compare import Compare
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
@@ -34,6 +35,7 @@ def commands() -> dict[str, type[Command]]:
         "report": Report,
         "audit": Audit,
         "experiment": Experiment,
+        "claims": Claims,
         "pretrain": Pretrain,
     }
 

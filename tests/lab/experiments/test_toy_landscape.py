@@ -50,4 +50,4 @@ def test_newton_goes_to_the_saddle_and_sophia_by_hand_does_not():
 def test_steps_to_a_target():
     """A start that never arrives, counted as one that does."""
     losses = points((5.0, 5.0, 0.0), (0.0, 5.0, 0.0), (0.001, 5.0, 0.0), (5.0, 5.0, 0.0), (0.001, 5.0, 0.0))
-    assert toy._steps_to(0.01, losses) == [4, None, 0]
+    assert toy.settled(0.01, losses) == [4, None, 0]

@@ -14,7 +14,18 @@ from sophia.lab.experiments.experiment import Experiment
 
 __all__ = ["NAMES", "every", "find"]
 
-NAMES: tuple[str, ...] = ("toy-landscape", "overhead", "stability", "ablations", "half-the-steps")
+NAMES: tuple[str, ...] = (
+    "toy-landscape",
+    "condition-number",
+    "even-progress",
+    "estimators",
+    "overhead",
+    "stability",
+    "ablations",
+    "half-the-steps",
+    "one-line",
+    "few-resources",
+)
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
 

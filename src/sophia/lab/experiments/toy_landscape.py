@@ -24,7 +24,7 @@ from sophia.update_rule import sophia_step
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXPERIMENT", "curvature", "gradient", "loss"]
+__all__ = ["EXPERIMENT", "curvature", "gradient", "loss", "parts", "settled", "starts", "trajectory"]
 
 TARGET = 1e-2
 START = (0.2, 0.0)
@@ -44,10 +44,15 @@ METHODS: dict[str, str] = {
 """With their colours."""
 
 
+def parts(theta: Tensor) -> Tensor:
+    """L1 and L2 at points (n, 2): (n, 2)."""
+    a, b = theta.unbind(-1)
+    return torch.stack([8 * (a - 1) ** 2 * (1.3 * a**2 + 2 * a + 1), 0.5 * (b - 4) ** 2], -1)
+
+
 def loss(theta: Tensor) -> Tensor:
     """L of points (n, 2): (n,)."""
-    a, b = theta.unbind(-1)
-    return 8 * (a - 1) ** 2 * (1.3 * a**2 + 2 * a + 1) + 0.5 * (b - 4) ** 2
+    return parts(theta).sum(-1)
 
 
 def gradient(theta: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
     grid = [{"method": m, "lr": lr} for m in METHODS for lr in ([1.0, *rates] if m == "Newton" else rates)]
     for case in records.left(grid, progress):
         path = trajectory(case["method"], case["lr"], everywhere, steps)
-        first = _steps_to(TARGET, loss(path))
+        first = settled(TARGET, loss(path))
         saddle = (path[-1] - torch.tensor([0.0, 4.0])).norm(dim=-1) < 0.05
         worse = (path[-1] - torch.tensor([-0.6541, 4.0])).norm(dim=-1) < 0.2
         inside = slice(1, 1 + count)
@@ -137,7 +142,7 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
         records.add(case, points=[[round(float(x), 5) for x in p] for p in path], loss=loss(path).tolist())
 
 
-def _steps_to(target: float, losses: Tensor) -> list[int | None]:
+def settled(target: float, losses: Tensor) -> list[int | None]:
     """From which step on each column of losses (steps + 1, n) stays below the target: passing by is not
     enough.
     """

@@ -1,0 +1,86 @@
+"""The parts of the loss against the whole, and the quadratic against closed forms."""
+
+import pytest
+import torch
+
+from sophia.lab.experiments import allocation, descents, even_progress
+from sophia.lab.experiments.progress import Progress
+from sophia.lab.experiments.valleys import Valley, rotation, spectrum
+
+
+def test_simpsons_parts_are_exact_up_to_cubic_gradients():
+    """Parts that do not add up. L = sum c_i x_i^4: the change of each coordinate is known."""
+    c = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    start, end = torch.randn(2, 3, dtype=torch.float64)
+    gradients = [4 * c * x**3 for x in (start, (start + end) / 2, end)]
+    parts = allocation.simpson(end - start, *gradients)
+    torch.testing.assert_close(parts, c * (end**4 - start**4))
+
+
+def test_tenths_hold_equally_many_flattest_first():
+    """A bucket called sharp that is not, or one with half of the coordinates because of ties."""
+    h = torch.tensor([5.0] * 10 + [0.0] * 10 + [100.0])
+    assert allocation.tenths(h).bincount().tolist() == [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert allocation.tenths(h)[-1] == 9
+    assert allocation.tenths(h)[10:20].max() < allocation.tenths(h)[:10].min() + 1
+
+
+@pytest.mark.parametrize("method", ["gradient descent", "Sophia"])
+def test_the_parts_add_up_to_the_change_of_the_held_out_loss(method):
+    """A step that was not seen, or a gradient at other weights than the step's. Steps so large that one
+    application of Simpson's rule would be 8% off; what is left is its error and float32's.
+    """
+    contender, settings, lr = even_progress.GPT[method]
+    found = allocation.allocate(
+        contender,
+        {**settings, "lr": lr},
+        steps=5,
+        window=3,
+        draws=2,
+        seed=1,
+        quick=True,
+        progress=Progress(),
+    )
+    assert found["loss"] < found["first_loss"]
+    assert found["allocated_over_actual"] == pytest.approx(1, abs=0.03)
+    assert sum(found["decrease"]) == pytest.approx(found["first_loss"] - found["loss"], rel=0.03)
+    assert found["curvature"] == sorted(found["curvature"])
+
+
+def test_signs_move_every_tenth_by_the_step_size():
+    """Distances that are not distances. The mean factor of warm-up and cosine over five steps is known; a
+    few coordinates (the last position's) have no gradient and stay.
+    """
+    contender, settings, _ = even_progress.GPT["SignGD"]
+    found = allocation.allocate(
+        contender,
+        {**settings, "lr": 1e-3},
+        steps=5,
+        window=5,
+        draws=1,
+        seed=1,
+        quick=True,
+        progress=Progress(),
+    )
+    factors = [1.0, 1.0, 0.7625, 0.2875, 0.05]  # one step of warm-up, then down to 0.05 in three
+    for distance in found["distance_a_step"]:
+        assert distance == pytest.approx(1e-3 * sum(factors) / 5, rel=0.02)
+
+
+def test_losses_by_dimension_of_gradient_descent():
+    """Losses of other directions than the eigenvectors, or a path a step off. Each falls by (1 - s l)^2."""
+    valley = Valley("quadratic", spectrum(5, 10.0), rotation(5, 2))
+    start = valley.start(torch.full((1, 5), 0.2, dtype=torch.float64), 1.0)
+    losses = descents.losses_by_dimension(
+        "gradient descent", valley, start, 3, predictions=None, settings=[{"lr": 0.5}]
+    )
+    torch.testing.assert_close(losses[0, 0], torch.full((5,), 0.2, dtype=torch.float64))
+    expected = 0.2 * (1 - 0.5 * valley.eigenvalues / 10) ** 6
+    torch.testing.assert_close(losses[3, 0], expected)
+
+
+def test_shares_and_ratios_of_tenths():
+    """A verdict from the wrong half."""
+    tenths = [1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    assert even_progress.flattest_half(tenths) == 0.25
+    assert even_progress.move_ratio([2.0, *tenths, 3.0]) == 1.5
