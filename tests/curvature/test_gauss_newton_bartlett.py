@@ -226,7 +226,7 @@ def test_gradient_does_not_depend_on_the_chunk_size(monkeypatch):
         return Categorical().sampled_gradient(logits, mask, torch.Generator().manual_seed(1))
 
     whole = gradient()
-    import sophia.likelihoods as module
+    import sophia.likelihoods.categorical as module
 
     monkeypatch.setattr(module, "CHUNK", 22)
     assert torch.equal(whole, gradient())

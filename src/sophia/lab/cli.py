@@ -21,6 +21,7 @@ def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
@@ -35,6 +36,7 @@ def commands() -> dict[str, type[Command]]:
         "audit": Audit,
         "experiment": Experiment,
         "pretrain": Pretrain,
+        "doctor": Doctor,
     }
 
 
@@ -44,6 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments in (["--version"], ["-V"]):
         print(f"torch-sophia {importlib.metadata.version('torch-sophia')}")
         return
+    if arguments[:1] == ["doctor"]:  # it is there for environments in which the lab cannot run
+        from sophia.doctor.command import main as doctor
+
+        raise SystemExit(doctor(arguments[1:]))
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         print(
             f"The lab needs the package {missing[0]!r}, which is not installed. "
