@@ -378,7 +378,10 @@ def test_a_refresh_leaves_gradients_buffers_and_generators_bit_for_bit():
     values = [g.clone() for g in gradients]
     versions = [g._version for g in gradients]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    model.blocks[0].eval()  # a part that the user has frozen
+    modes = [module.training for module in model.modules()]
     opt.step()
+    assert modes == [module.training for module in model.modules()]
     assert opt.stats()["refreshes"] == 1
     for p, g, value, version in zip(model.parameters(), gradients, values, versions, strict=True):
         assert p.grad is g

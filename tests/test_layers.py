@@ -34,8 +34,9 @@ LAYERS = [
     {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.state"},
     {"sophia.optimizer"},
     {"sophia"},
-    {"sophia.integrations"},
+    {"sophia.integrations", "sophia.doctor"},
     {"sophia.lab"},
+    {"sophia.__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HOSTS = {"sophia.integrations", "sophia.lab"}  # these may import frameworks

@@ -394,7 +394,7 @@ def test_copies_have_the_same_attributes_and_the_same_future(copy_of):
     params = parameters()
     opt = sophia_of(
         params,
-        estimator=sophia.curvature.GaussNewtonBartlett(),
+        estimator=sophia.curvature.GaussNewtonBartlett(sophia.likelihoods.Bernoulli()),
         likelihood="bernoulli",
         fraction=0.25,
         state_dtype=torch.float64,

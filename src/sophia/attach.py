@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo as untraced
 
 from sophia.guards import SophiaWarning
-from sophia.likelihoods import Likelihood
-from sophia.outputs import find_logits, tensors_in
+from sophia.likelihoods import Head, Heads, Likelihood, heads_of
+from sophia.outputs import find_logits, find_named, tensors_in
 from sophia.sandbox import in_sandbox
 from sophia.sharding import is_dtensor
 
-__all__ = ["Autocast", "Recorder", "Recording"]
+__all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,31 @@ class Autocast:
 
 
 @dataclass(eq=False)
+class Outputs:
+    """What one head of a recorded forward returned."""
+
+    head: Head
+    shape: torch.Size
+    returned: bool
+    """Whether this very tensor is in the model's output: then a loss that uses it sends it a gradient."""
+    mask: Tensor | None = None
+    """Which predictions count; None until something says so."""
+
+    @property
+    def prediction_shape(self) -> torch.Size:
+        """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
+        return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
+
+
+@dataclass(eq=False)
 class Recording:
     """One training forward: what is needed to run it again."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     autocast: Autocast
-    logits_shape: torch.Size
-    prediction_shape: torch.Size
-    mask: Tensor | None = None
-    """Which predictions count; None until something says so."""
+    outputs: tuple[Outputs, ...]
+    """One for each head of the likelihood."""
     reached: bool = False
     """Whether a backward has come through the outputs of this forward."""
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -81,28 +96,30 @@ class Recorder:
     Args:
         model: the module that is really called in the loop and returns logits.
         likelihood: says what a prediction is, and how to see from a gradient whether it counted.
-        logits_fn: ``logits_fn(output) -> Tensor``, for models whose logits are not found.
-        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell.
+        logits_fn: ``logits_fn(output) -> Tensor``, for models whose logits are not found; a mapping by name
+            for several heads.
+        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell; a
+            mapping by name for several heads.
         copy_inputs: keep copies of the inputs, for loops that write into static buffers.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        likelihood: Likelihood,
+        likelihood: Likelihood | Heads,
         *,
-        logits_fn: Callable[[Any], Tensor] | None = None,
-        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor] | None = None,
+        logits_fn: Callable[[Any], Any] | None = None,
+        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any] | None = None,
         copy_inputs: bool = False,
     ) -> None:
-        self.model, self.likelihood = model, likelihood
+        self.model, self.heads, self._named = model, heads_of(likelihood), isinstance(likelihood, Heads)
         self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
         self.active = False
         self.recordings: list[Recording] = []
         self._pending: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
-        self._fits: bool | None = None  # whether the loss looks like the likelihood's; None until seen once
+        self._checked: set[str] = set()  # heads whose loss has been compared with their likelihood
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
             model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
@@ -146,49 +163,83 @@ class Recorder:
         if self._pending is None or in_sandbox():
             return
         (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
-        logits = self.find_logits(output)
+        found = self.find_outputs(output)
         device_type = next((p.device.type for p in model.parameters()), "cpu")
-        recording = Recording(
-            args, kwargs, Autocast.now(device_type), logits.shape, self.likelihood.prediction_shape(logits)
+        returned = {id(tensor) for tensor in tensors_in(_fields(output))}
+        outputs = tuple(
+            Outputs(head, tensor.shape, id(tensor) in returned)
+            for head, tensor in zip(self.heads, found, strict=True)
         )
+        recording = Recording(args, kwargs, Autocast.now(device_type), outputs)
         recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         if self.mask_fn is not None:
-            recording.mask = self.mask_fn(args, kwargs, output)
-        elif logits.requires_grad:
-            logits.register_hook(_Listener(recording, self))  # type: ignore[no-untyped-call]
-        for tensor in tensors_in(
-            output if isinstance(output, (Tensor, tuple, list, Mapping)) else getattr(output, "__dict__", {})
-        ):
+            masks = self._by_head(self.mask_fn(args, kwargs, output), "mask_fn")
+            for part, mask in zip(outputs, masks, strict=True):
+                part.mask = mask
+        else:
+            for part, tensor in zip(outputs, found, strict=True):
+                if tensor.requires_grad:
+                    tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
+        for tensor in tensors_in(_fields(output)):
             if tensor.requires_grad:
                 tensor.register_hook(_Arrival(recording))  # type: ignore[no-untyped-call]
         self.recordings.append(recording)
 
-    def find_logits(self, output: Any) -> Tensor:
-        """The logits in an output of the model; RuntimeError if there are none."""
-        logits = find_logits(output) if self.logits_fn is None else self.logits_fn(output)
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+    def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
+        """The outputs that the likelihood speaks of, one for each head; RuntimeError if one is not there."""
+        if self.logits_fn is not None:
+            found = self._by_head(self.logits_fn(output), "logits_fn")
+        elif self._named:
+            found = tuple(find_named(output, head.name) for head in self.heads)
+        else:
+            found = (find_logits(output),)
+        for head, tensor in zip(self.heads, found, strict=True):
+            self._check(head, tensor, output)
+        return found
+
+    def _by_head(self, value: Any, source: str) -> tuple[Any, ...]:
+        if not self._named:
+            return (value,)
+        names = [head.name for head in self.heads]
+        if not isinstance(value, Mapping) or set(names) - set(value):
+            got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
             raise RuntimeError(
-                f"cannot find logits in the output of {type(self.model).__name__} "
-                f"({type(output).__name__}); pass logits_fn=, "
-                "a function from the output to the logits. A model with a fused linear cross-entropy has "
-                "none: let it return them in training, "
-                "or use mode='manual'"
+                f"{source} returned {got}, but the likelihood has the heads {names}: return a mapping with "
+                f"these names, for instance {{{names[0]!r}: output[0], ...}}"
             )
-        if is_dtensor(logits):
+        return tuple(value[name] for name in names)
+
+    def _check(self, head: Head, tensor: Any, output: Any) -> None:
+        name = type(self.model).__name__
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what, example = (
+                (f"the head {head.name!r}", f"a mapping with {head.name!r}")
+                if self._named
+                else ("logits", "the logits")
+            )
             raise RuntimeError(
-                f"the logits of {type(self.model).__name__} are a DTensor, split over tensor-parallel ranks: "
+                f"cannot find {what} in the output of {name} ({type(output).__name__}); pass logits_fn=, a "
+                f"function from the output to {example}. A model with a fused linear cross-entropy returns "
+                "none: build them from its hidden states (logits_fn=lambda output: "
+                "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
+                "mode='manual'"
+            )
+        if is_dtensor(tensor):
+            raise RuntimeError(
+                f"the logits of {name} are a DTensor, split over tensor-parallel ranks: "
                 "labels are drawn from whole rows. Give the output layer output_layouts=Replicate() and "
                 "use_local_output=True"
             )
-        return logits
 
-    def check_fit(self, gradient: Tensor) -> None:
-        """Warn, once, if the gradient in the logits is not of the kind that the likelihood's loss gives."""
-        if self._fits is not None:
+    def check_fit(self, head: Head, gradient: Tensor) -> None:
+        """Warn, once a head, if the gradient in its output is not of the kind that its likelihood's loss
+        gives.
+        """
+        if head.name in self._checked:
             return
-        mismatch = self.likelihood.mismatch(gradient)
-        self._fits = not mismatch > 0.05
-        if not self._fits:
+        self._checked.add(head.name)
+        mismatch = head.likelihood.mismatch(gradient)
+        if mismatch > 0.05:
             warnings.warn(
                 f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
                 "cross-entropy: over the classes it "
@@ -226,17 +277,17 @@ class _Listener:
     the graph, alive.
     """
 
-    def __init__(self, recording: Recording, recorder: Recorder) -> None:
-        self._recording, self._recorder = weakref.ref(recording), weakref.ref(recorder)
+    def __init__(self, outputs: Outputs, recorder: Recorder) -> None:
+        self._outputs, self._recorder = weakref.ref(outputs), weakref.ref(recorder)
 
     @untraced
     def __call__(self, gradient: Tensor | None) -> None:
-        recording, recorder = self._recording(), self._recorder()
-        if recording is None or recorder is None or gradient is None:
+        outputs, recorder = self._outputs(), self._recorder()
+        if outputs is None or recorder is None or gradient is None:
             return  # a compiled graph with the loss inside gives no gradient to the logits
-        recorder.check_fit(gradient)
-        counted = recorder.likelihood.counted(gradient)
-        recording.mask = counted if recording.mask is None else recording.mask | counted
+        recorder.check_fit(outputs.head, gradient)
+        counted = outputs.head.likelihood.counted(gradient)
+        outputs.mask = counted if outputs.mask is None else outputs.mask | counted
 
 
 class _Arrival:
@@ -262,3 +313,9 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     return value
+
+
+def _fields(output: Any) -> Any:
+    """An output as something that holds tensors: outputs that are plain objects by their attributes."""
+    plain = isinstance(output, (Tensor, tuple, list, Mapping))
+    return output if plain else getattr(output, "__dict__", {})

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
 from sophia.attach import Recorder
-from sophia.curvature import Estimator, estimator_named
+from sophia.curvature import Estimator, GaussNewtonBartlett, agreed_likelihood, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
 from sophia.groups import RULES, check_group, decayed_and_not, hidden_apart, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.kernels import choose
 from sophia.kernels.curvature import average
-from sophia.likelihoods import Likelihood, likelihood_named
+from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.noise import seed_for
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.rounding import key_of_parameter, moved
@@ -73,11 +73,12 @@ class Sophia(torch.optim.Optimizer):
         update_every: k, steps between two refreshes.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses.
         estimator: ``"gnb"``, ``"hutchinson"``, ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``.
-        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"`` or a
-            ``sophia.likelihoods.Likelihood``.
+        likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"``, a
+            ``sophia.likelihoods.Likelihood``, or ``sophia.likelihoods.Heads`` for several outputs.
         mode: ``"replay"``, or ``"manual"``: h is renewed by ``with opt.hessian_pass()`` alone.
         seed: of the noise of the refreshes, which is a function of (seed, step, rank, micro-batch).
-        logits_fn: from the model's output to the logits, where they are not found.
+        logits_fn: from the model's output to the logits, where they are not found; a mapping by name for
+            several outputs, as with ``mask_fn``.
         mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the predictions that count, where the
             gradient does not tell.
         copy_inputs: keep copies of the model's inputs on due steps, for loops that overwrite them.
@@ -122,11 +123,11 @@ class Sophia(torch.optim.Optimizer):
         update_every: int = 10,
         fraction: float = 0.5,
         estimator: str | Estimator = "gnb",
-        likelihood: str | Likelihood = "categorical",
+        likelihood: str | Likelihood | Heads = "categorical",
         mode: str = "replay",
         seed: int = 0,
-        logits_fn: Callable[[Any], Tensor] | None = None,
-        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor] | None = None,
+        logits_fn: Callable[[Any], Any] | None = None,
+        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any] | None = None,
         copy_inputs: bool = False,
         process_group: Any = None,
         state_dtype: torch.dtype = torch.float32,
@@ -170,6 +171,8 @@ class Sophia(torch.optim.Optimizer):
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
         self.estimator = estimator_named(estimator, self.likelihood)
+        if isinstance(self.estimator, GaussNewtonBartlett):
+            self.likelihood = agreed_likelihood(self.estimator.likelihood, self.likelihood, likelihood)
         self.logits_fn, self.mask_fn, self.copy_inputs, self.process_group = (
             logits_fn,
             mask_fn,

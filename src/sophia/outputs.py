@@ -14,6 +14,7 @@ from torch.nn import functional as F
 __all__ = [
     "find_logits",
     "find_loss",
+    "find_named",
     "labels_mask",
     "mean_loss",
     "shift_by_loss",
@@ -38,6 +39,12 @@ def find_logits(output: Any) -> Tensor | None:
             (t for t in output if isinstance(t, Tensor) and t.is_floating_point() and t.ndim >= 2), None
         )
     return None
+
+
+def find_named(output: Any, name: str) -> Tensor | None:
+    """``output[name]`` of a mapping, ``output.name`` of anything else."""
+    found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def find_loss(output: Any) -> Tensor | None:

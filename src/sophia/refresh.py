@@ -96,14 +96,16 @@ class Refresher:
             while True:
                 batches = ranks.together(chosen)
                 ranks.check_same(parameters)
-                count = ranks.total(sum(batch.count for batch in batches))
-                if count == 0:
+                counts = [
+                    ranks.total(sum(of_head)) for of_head in zip(*(b.counts for b in batches), strict=True)
+                ]
+                if sum(counts) == 0:
                     return Estimate([None] * len(parameters), 0.0)
                 meeting = _Meeting(ranks)
                 try:
                     with meeting:
                         return self.estimator.estimate(
-                            self._context(parameters, batches, count, (seed, step), meeting)
+                            self._context(parameters, batches, counts, (seed, step), meeting)
                         )
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
                     self._take_whole_batches(recorder.model, ranks, reason)
@@ -137,7 +139,7 @@ class Refresher:
         dropout = seed_for(seed, step, ranks.number, "dropout")
         # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
         with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), meeting:
-            yield self.estimator.by_hand(self._context(parameters, [], 0.0, (seed, step), meeting))
+            yield self.estimator.by_hand(self._context(parameters, [], [], (seed, step), meeting))
 
     def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
         """The ranks that train these parameters."""
@@ -157,7 +159,7 @@ class Refresher:
         self,
         parameters: list[Tensor],
         batches: Sequence[Replay],
-        count: float,
+        counts: Sequence[float],
         key: tuple[int, ...],
         meeting: _Meeting,
     ) -> PassContext:
@@ -174,7 +176,8 @@ class Refresher:
         def shared(purpose: str) -> torch.Generator:
             return generator(device, *key, purpose)
 
-        return PassContext(parameters, batches, count, shared, ranks.number, summed, counted)
+        count = float(sum(counts))
+        return PassContext(parameters, batches, count, shared, ranks.number, summed, counted, counts)
 
     def objection(self, estimate: Estimate, device: torch.device, ranks: Ranks) -> str | None:
         """Why an estimate must not enter h, or None; the same on all ranks. One synchronisation with the

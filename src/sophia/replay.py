@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.attach import Recorder, Recording
+from sophia.attach import Outputs, Recorder, Recording
 from sophia.guards import SophiaWarning
 from sophia.noise import generator
 from sophia.outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
@@ -35,10 +35,20 @@ class Replay:
     recording: Recording
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    mask: Tensor
-    count: int
+    masks: tuple[Tensor, ...]
+    counts: tuple[int, ...]
     key: tuple[int | str, ...]
     rows: int | None
+
+    @property
+    def mask(self) -> Tensor:
+        """Which predictions of the (first) output count."""
+        return self.masks[0]
+
+    @property
+    def count(self) -> int:
+        """How many predictions count, over all heads."""
+        return sum(self.counts)
 
     def forward(self) -> Any:
         """Run the model on the recorded inputs, under the recorded autocast."""
@@ -48,7 +58,8 @@ class Replay:
         try:
             with self.recording.autocast.again():
                 output = self.recorder.model(*self.args, **self.kwargs)
-            fits = self.recorder.find_logits(output).shape[: self.mask.ndim] == self.mask.shape
+            found = self.recorder.find_outputs(output)
+            fits = all(t.shape[: m.ndim] == m.shape for t, m in zip(found, self.masks, strict=True))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -57,21 +68,23 @@ class Replay:
             raise RowsCannotBeTaken("the logits do not have the rows that were asked for")
         return output
 
+    def outputs(self, output: Any) -> tuple[Tensor, ...]:
+        """The outputs of all heads, checked against those of the training forward."""
+        found = self.recorder.find_outputs(output)
+        for tensor, recorded in zip(found, self.recording.outputs, strict=True):
+            rows = recorded.shape[:1] if self.rows is None else (self.rows,)
+            expected = (*rows, *recorded.shape[1:])
+            if tuple(tensor.shape) != expected:
+                raise RuntimeError(
+                    f"replay gave logits of shape {tuple(tensor.shape)} but training gave {expected}: the "
+                    "model's output depends on more than its inputs, so its forward cannot be repeated. "
+                    "Use mode='manual' and opt.hessian_pass()"
+                )
+        return found
+
     def logits(self, output: Any) -> Tensor:
-        """The logits, checked against those of the training forward."""
-        logits = self.recorder.find_logits(output)
-        expected = (
-            self.recording.logits_shape
-            if self.rows is None
-            else (self.rows, *self.recording.logits_shape[1:])
-        )
-        if tuple(logits.shape) != tuple(expected):
-            raise RuntimeError(
-                f"replay gave logits of shape {tuple(logits.shape)} but training gave {tuple(expected)}: "
-                "the model's output depends on more "
-                "than its inputs, so its forward cannot be repeated. Use mode='manual' and opt.hessian_pass()"
-            )
-        return logits
+        """The (first) output."""
+        return self.outputs(output)[0]
 
     def loss(self, output: Any) -> Tensor:
         """The mean training loss over the counted predictions, from the output."""
@@ -106,51 +119,64 @@ def choose(
     single = len(recordings) == 1
     recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
     rows: int | None = None
-    if fraction < 1 and single and rows_work and recordings[0].prediction_shape:
-        batch = recordings[0].logits_shape[0]
+    if fraction < 1 and single and rows_work:
+        batch = _batch(recordings[0])
         rows = max(1, int(fraction * batch)) if batch > 1 else None
     return [_replay(recorder, recording, rows, (*key, micro)) for micro, recording in enumerate(recordings)]
 
 
+def _batch(recording: Recording) -> int:
+    """The number of rows, 0 if the heads do not agree on one: then they cannot be cut alike."""
+    sizes = {part.shape[0] if part.prediction_shape else 0 for part in recording.outputs}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
 def _replay(recorder: Recorder, recording: Recording, rows: int | None, key: tuple[int | str, ...]) -> Replay:
-    mask = _mask(recorder, recording)
+    masks = tuple(_mask(recorder, recording, part) for part in recording.outputs)
     args, kwargs = recording.args, recording.kwargs
     if rows is not None:
-        batch = recording.logits_shape[0]
-        args, kwargs, mask = _first(args, rows, batch), _first(dict(kwargs), rows, batch), mask[:rows]
+        batch = _batch(recording)
+        args, kwargs = _first(args, rows, batch), _first(dict(kwargs), rows, batch)
+        masks = tuple(mask[:rows] for mask in masks)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
     args, kwargs = _detached(args), _detached(dict(kwargs))
-    return Replay(recorder, recording, args, kwargs, mask, int(mask.sum()), key, rows)
+    counts = tuple(int(mask.sum()) for mask in masks)
+    return Replay(recorder, recording, args, kwargs, masks, counts, key, rows)
 
 
-def _mask(recorder: Recorder, recording: Recording) -> Tensor:
-    if recording.mask is not None:
-        if recording.mask.shape != recording.prediction_shape or recording.mask.dtype != torch.bool:
+def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
+    shape = part.prediction_shape
+    if part.mask is not None:
+        if part.mask.shape != shape or part.mask.dtype != torch.bool:
             raise RuntimeError(
-                f"mask_fn returned {recording.mask.dtype} of shape {tuple(recording.mask.shape)}, but the "
-                "predictions have shape "
-                f"{tuple(recording.prediction_shape)}: return a bool mask of that shape"
+                f"mask_fn returned {part.mask.dtype} of shape {tuple(part.mask.shape)}, but the "
+                f"predictions have shape {tuple(shape)}: return a bool mask of that shape"
             )
-        return recording.mask
-    mask = _mask_from_labels(recorder, recording)
+        return part.mask
+    device = next(recorder.model.parameters()).device
+    if part.returned and any(other.mask is not None for other in recording.outputs):
+        # The loss of this step left the head out, as its own output would have got a gradient.
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    mask = _mask_from_labels(recorder, recording, part)
     if mask is not None:
         return mask
+    where = "the logits" if len(recording.outputs) == 1 else f"the head {part.head.name!r}"
     warnings.warn(
-        "no gradient reached the logits and no labels were found among the inputs: counting every position. "
-        "If some are padding, B is too "
-        "large; pass mask_fn=",
+        f"no gradient reached {where} and no labels were found among the inputs: counting every position. "
+        "If some are padding, B is too large; pass mask_fn=",
         SophiaWarning,
     )
-    device = next(recorder.model.parameters()).device
-    return torch.ones(recording.prediction_shape, dtype=torch.bool, device=device)
+    return torch.ones(shape, dtype=torch.bool, device=device)
 
 
-def _mask_from_labels(recorder: Recorder, recording: Recording) -> Tensor | None:
-    if recorder.likelihood.event_dims != 1 or len(recording.prediction_shape) < 1:
+def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor | None:
+    shape = part.prediction_shape
+    classifiers = [head for head in recorder.heads if head.likelihood.event_dims == 1]
+    # With two of them it would be a guess whose labels these are.
+    if classifiers != [part.head] or len(shape) < 1:
         return None
-    args, kwargs, shape = recording.args, recording.kwargs, recording.prediction_shape
-    classes = recording.logits_shape[-1]
+    args, kwargs, classes = recording.args, recording.kwargs, part.shape[-1]
     if labels_mask(args, kwargs, shape, classes, shift=0) is None:
         return None
     if recorder.label_shift is None and len(shape) == 2:
@@ -158,7 +184,8 @@ def _mask_from_labels(recorder: Recorder, recording: Recording) -> Tensor | None
         # on, as without them a compiled model would compile again.
         with recording.autocast.again():
             output = recorder.model(*args, **kwargs)
-        by_loss = shift_by_loss(args, kwargs, recorder.find_logits(output).detach(), find_loss(output))
+        logits = recorder.find_outputs(output)[recorder.heads.index(part.head)]
+        by_loss = shift_by_loss(args, kwargs, logits.detach(), find_loss(output))
         recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
     return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
 

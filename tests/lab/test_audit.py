@@ -97,7 +97,7 @@ def test_a_class_that_fails_in_the_loop_fails_the_case_not_the_audit():
 
 
 MESSAGES = [
-    ("sophia", "does not name a class. Write module:Class"),
+    ("sophia", "does not name a class or function. Write module:name"),
     ("no_such_module_here:X", "cannot be imported"),
     ("sophia:Nothing", "has no 'Nothing'"),
     ("sophia:__version__", "is a str, not a class"),

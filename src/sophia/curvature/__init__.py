@@ -10,7 +10,7 @@ from sophia.curvature.empirical_fisher import EmpiricalFisher
 from sophia.curvature.estimate import Estimate, Estimator, MicroBatch, PassContext
 from sophia.curvature.gauss_newton_bartlett import GaussNewtonBartlett
 from sophia.curvature.hutchinson import Hutchinson
-from sophia.likelihoods import Likelihood, likelihood_named
+from sophia.likelihoods import Heads, Likelihood, likelihood_named
 
 __all__ = [
     "EmpiricalFisher",
@@ -20,11 +20,12 @@ __all__ = [
     "Hutchinson",
     "MicroBatch",
     "PassContext",
+    "agreed_likelihood",
     "estimator_named",
 ]
 
 
-def estimator_named(name: str | Estimator, likelihood: str | Likelihood) -> Estimator:
+def estimator_named(name: str | Estimator, likelihood: str | Likelihood | Heads) -> Estimator:
     """Turn a name or an object into an estimator; ``likelihood`` is what Gauss-Newton-Bartlett samples
     from.
     """
@@ -41,3 +42,27 @@ def estimator_named(name: str | Estimator, likelihood: str | Likelihood) -> Esti
         )
     likelihood_named(likelihood)  # a misspelt one is an error even where it has no effect
     return table[name]()
+
+
+def agreed_likelihood(
+    of_estimator: Likelihood | Heads, of_optimizer: Likelihood | Heads, given: object
+) -> Likelihood | Heads:
+    """The one likelihood of an estimator that has its own and of the optimizer around it.
+
+    The optimizer reads from it what counts, and the estimator samples from it: two would be a wrong count.
+
+    Args:
+        of_estimator: what it samples from.
+        of_optimizer: the object made of ``given``.
+        given: ``likelihood=`` as the user wrote it; the default gives way.
+
+    Raises:
+        ValueError: they are not of one kind.
+    """
+    if given != "categorical" and type(of_estimator) is not type(of_optimizer):
+        raise ValueError(
+            f"the estimator samples from {type(of_estimator).__name__}, but likelihood={given!r}: what "
+            "counts and what is sampled must be the same. Give one of them, for instance "
+            "estimator=GaussNewtonBartlett(Bernoulli())"
+        )
+    return of_estimator

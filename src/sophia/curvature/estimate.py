@@ -45,17 +45,28 @@ class MicroBatch(Protocol):
 
     @property
     def mask(self) -> Tensor:
-        """Which predictions count, bool: ``(B, T)`` for logits ``(B, T, V)``."""
+        """Which predictions count, bool: ``(B, T)`` for logits ``(B, T, V)``; of the first head."""
 
     @property
     def count(self) -> int:
-        """How many predictions count."""
+        """How many predictions count, over all heads."""
+
+    @property
+    def masks(self) -> Sequence[Tensor]:
+        """The mask of each head; one, unless the likelihood is ``sophia.likelihoods.Heads``."""
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """How many predictions of each head count."""
 
     def forward(self) -> Any:
         """Run the model on the recorded inputs under the recorded autocast; return what it returns."""
 
     def logits(self, output: Any) -> Tensor:
-        """Return the outputs that the likelihood speaks of."""
+        """Return the output that the likelihood speaks of; of the first head."""
+
+    def outputs(self, output: Any) -> Sequence[Tensor]:
+        """Return that of each head."""
 
     def loss(self, output: Any) -> Tensor:
         """Return the training loss, averaged over the counted predictions of this micro-batch."""
@@ -87,6 +98,8 @@ class PassContext:
     """
     count_over_ranks: Callable[[int], float] = float
     """Adds up a count over the ranks; call it on every rank."""
+    counts: Sequence[float] = ()
+    """``count`` head by head."""
 
 
 class PassByHand(abc.ABC):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sophia.curvature.estimate import Estimate, Estimator, PassByHand, PassContext, take_gradients
-from sophia.likelihoods import Categorical, Likelihood
+from sophia.likelihoods import Categorical, Heads, Likelihood, heads_of
 
 __all__ = ["GaussNewtonBartlett"]
 
@@ -36,27 +36,40 @@ class GaussNewtonBartlett(Estimator):
     """Unbiased, never negative; one forward and one backward over a part of the batch.
 
     Args:
-        likelihood: the distribution that the loss is the negative logarithm of; categorical by default.
+        likelihood: the distribution that the loss is the negative logarithm of; categorical by default;
+            ``sophia.likelihoods.Heads`` for models with several outputs.
     """
 
-    def __init__(self, likelihood: Likelihood | None = None) -> None:
+    def __init__(self, likelihood: Likelihood | Heads | None = None) -> None:
         self.likelihood = Categorical() if likelihood is None else likelihood
 
     def estimate(self, context: PassContext) -> Estimate:
         """Return ``(gradient of the sampled loss, summed and divided by sqrt(B))^2``."""
-        scale = context.count**-0.5
+        heads = heads_of(self.likelihood)
+        # Equal on all ranks: a head that counts nothing anywhere is left out everywhere.
+        scales = [h.weight**0.5 * n**-0.5 if n else 0.0 for h, n in zip(heads, context.counts, strict=True)]
         for batch in context.micro_batches:
-            logits = batch.logits(batch.forward())
-            cotangent = self.likelihood.sampled_gradient(
-                logits, batch.mask, batch.generator("labels"), scale=scale
-            )
-            # .backward(), not autograd.grad: sharded parameters and reentrant checkpointing need it.
-            logits.backward(cotangent)  # type: ignore[no-untyped-call]
-            del logits, cotangent
+            outputs, cotangents = [], []
+            for head, output, mask, scale in zip(
+                heads, batch.outputs(batch.forward()), batch.masks, scales, strict=True
+            ):
+                if scale:
+                    generator = batch.generator(head.purpose)
+                    outputs.append(output)
+                    cotangents.append(head.likelihood.sampled_gradient(output, mask, generator, scale=scale))
+            # backward, not autograd.grad: sharded parameters and reentrant checkpointing need it.
+            torch.autograd.backward(outputs, cotangents)
+            del output, outputs, cotangents
         return Estimate(_squares(context.sum_over_ranks(take_gradients(context.parameters))), context.count)
 
     def by_hand(self, context: PassContext) -> PassByHand:
         """Return the handle with ``sampled_loss(logits, mask)``."""
+        if isinstance(self.likelihood, Heads):
+            raise TypeError(
+                "a pass by hand knows the counts of its heads at its end only, and their scales are "
+                "needed before the backward: Heads go with mode='replay'. By hand, give one output and its "
+                "likelihood"
+            )
         return _SampledPass(self.likelihood, context)
 
 

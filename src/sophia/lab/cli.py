@@ -22,6 +22,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.claims import Claims
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
@@ -37,6 +38,7 @@ def commands() -> dict[str, type[Command]]:
         "experiment": Experiment,
         "claims": Claims,
         "pretrain": Pretrain,
+        "doctor": Doctor,
     }
 
 
@@ -46,6 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments in (["--version"], ["-V"]):
         print(f"torch-sophia {importlib.metadata.version('torch-sophia')}")
         return
+    if arguments[:1] == ["doctor"]:  # it is there for environments in which the lab cannot run
+        from sophia.doctor.command import main as doctor
+
+        raise SystemExit(doctor(arguments[1:]))
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         print(
             f"The lab needs the package {missing[0]!r}, which is not installed. "

@@ -1,0 +1,28 @@
+"""`sophia doctor`: is this installation whole, and does Sophia find what it needs in your model?
+
+It needs torch alone, so it also runs where the lab cannot.
+
+findings       what a check says
+installation   versions, other packages of the same name, files that are not those installed
+machine        device, threads, the paths of the step and how the compiled one got there
+subject        a model and its loss, the user's or a small one of our own
+trial          what the attach finds in it, and twenty steps beside AdamW
+command        the command line
+"""
+
+from sophia.doctor.findings import Finding, as_text
+from sophia.doctor.installation import check_installation
+from sophia.doctor.machine import check_machine
+from sophia.doctor.subject import Subject, example, subject_named
+from sophia.doctor.trial import check_training
+
+__all__ = [
+    "Finding",
+    "Subject",
+    "as_text",
+    "check_installation",
+    "check_machine",
+    "check_training",
+    "example",
+    "subject_named",
+]

@@ -1,0 +1,52 @@
+"""What the model's outputs mean: the distribution p(y | outputs) from which a Gauss-Newton pass samples
+labels.
+
+A likelihood answers three questions: how many predictions are in an output tensor, what is the gradient of
+the negative log-likelihood for labels *sampled from the model*, and (for tests and tiny models) what is the
+exact curvature of the negative log-likelihood in the outputs. Its loss is the one the user trains with, up to
+the labels: cross-entropy for ``Categorical``, ``BCEWithLogitsLoss`` for ``Bernoulli``, ``MSELoss`` for
+``Gaussian``, ``PoissonNLLLoss`` for ``Poisson``. ``Heads`` is for models with several outputs.
+
+likelihood    what one is, to derive your own from
+categorical   classes
+elementwise   yes or no, real numbers, counts
+heads         several outputs, each with its likelihood and weight
+"""
+
+from __future__ import annotations
+
+from sophia.likelihoods.categorical import Categorical, inverse_cdf
+from sophia.likelihoods.elementwise import Bernoulli, Gaussian, Poisson
+from sophia.likelihoods.heads import Head, Heads, heads_of
+from sophia.likelihoods.likelihood import Likelihood
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Head",
+    "Heads",
+    "Likelihood",
+    "Poisson",
+    "heads_of",
+    "inverse_cdf",
+    "likelihood_named",
+]
+
+
+def likelihood_named(name: str | Likelihood | Heads) -> Likelihood | Heads:
+    """Turn a name or an object into a likelihood."""
+    if isinstance(name, (Likelihood, Heads)):
+        return name
+    table: dict[str, type[Likelihood]] = {
+        "categorical": Categorical,
+        "bernoulli": Bernoulli,
+        "gaussian": Gaussian,
+        "poisson": Poisson,
+    }
+    if name not in table:
+        raise ValueError(
+            f"likelihood={name!r} is unknown: give one of {', '.join(map(repr, table))} or an object "
+            "derived from sophia.likelihoods.Likelihood, or sophia.likelihoods.Heads for several outputs"
+        )
+    return table[name]()
