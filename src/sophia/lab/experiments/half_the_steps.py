@@ -310,7 +310,7 @@ def _millions(records: Records, size: str) -> str:
 EXPERIMENT = Experiment(
     name="half-the-steps",
     title="Sophia-G after T/2 steps against AdamW after T, by model size",
-    claims=(7,),
+    claims=(6,),
     claim=(
         "Sophia reaches AdamW's loss in half of the steps, compute and time, from 125M to 770M parameters, "
         "and more so the larger the model; each with a learning-rate schedule for its own number of steps "

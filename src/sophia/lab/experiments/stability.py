@@ -274,7 +274,7 @@ def draw(records: Records) -> Figure:
 EXPERIMENT = Experiment(
     name="stability",
     title="largest stable learning rate with depth, and how often the gradient is clipped",
-    claims=(6,),
+    claims=(5,),
     claim=(
         "AdamW and Lion need the scores of each attention divided by its layer index, or they stand half of "
         "the learning rate only (355M parameters, 24 layers: 1.5e-4 instead of 3e-4); Sophia does without. "
