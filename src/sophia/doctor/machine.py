@@ -115,7 +115,7 @@ def _compiler() -> str | None:
 
 def _choices() -> Iterator[Finding]:
     """What Sophia chooses by default for the usual parameters."""
-    group = {"foreach": None, "fused": None, "differentiable": False}
+    group = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen: dict[str, str] = {}
     parts: list[str] = []
