@@ -51,12 +51,12 @@ class Team:
             process.start()
             theirs.close()
 
-    def answers(self, function, *, seconds: float = CASE_SECONDS, **arguments) -> list[tuple[str, object]]:
+    def answers(self, function, *, within: float = CASE_SECONDS, **arguments) -> list[tuple[str, object]]:
         """By rank: ``("ok", value)``, ``("raised", text)``, ``("ended", code)`` or ``("silent", None)``."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         found: dict[int, tuple[str, object]] = {}
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + within
         while len(found) < self.size and time.monotonic() < deadline:
             open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
             for pipe in wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic())):
@@ -104,7 +104,7 @@ def failures(
     """As ``run``, for cases in which ranks are to fail: the kind of each rank's answer, and the text."""
     if size not in _teams:
         _teams[size] = Team(size)
-    answers = _teams[size].answers(function, seconds=within, **arguments)
+    answers = _teams[size].answers(function, within=within, **arguments)
     if not keep_if_ok or any(kind != "ok" for kind, _ in answers):
         _teams.pop(size).close()
     return answers

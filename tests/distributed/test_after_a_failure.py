@@ -48,12 +48,12 @@ def resumed_and_straight(folder):
 def test_a_killed_rank_costs_one_step(tmp_path):
     """The survivor waits, or ends without a cause; or the resumed run is another one."""
     begun = time.monotonic()
-    (kind, text), ended = teams.failures(2, train_until_a_rank_is_killed, seconds=100, folder=str(tmp_path))
+    (kind, text), ended = teams.failures(2, train_until_a_rank_is_killed, within=100, folder=str(tmp_path))
     assert ended == ("ended", -signal.SIGKILL)
     assert kind == "raised"  # uncaught, it ends the process with code 1
     assert "rank 0 got no answer from the other ranks during a refresh of the Hessian" in text
     assert time.monotonic() - begun < 90
-    for last, same, refreshes in teams.run(2, resumed_and_straight, seconds=100, folder=str(tmp_path)):
+    for last, same, refreshes in teams.run(2, resumed_and_straight, within=100, folder=str(tmp_path)):
         assert last == 2 * K
         assert same
         assert refreshes == 3.0

@@ -304,7 +304,7 @@ def one_rank_is_killed():
 def test_a_killed_rank_ends_the_others_with_a_named_cause():
     """A run that stands still for the half hour of a default time-out."""
     begun = time.monotonic()
-    (kind, text), ended = teams.failures(2, one_rank_is_killed, seconds=50)
+    (kind, text), ended = teams.failures(2, one_rank_is_killed, within=50)
     assert ended == ("ended", -signal.SIGKILL)
     assert kind == "raised"
     assert "rank 0 got no answer from the other ranks during a refresh of the Hessian" in text

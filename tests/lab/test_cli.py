@@ -150,7 +150,7 @@ def test_the_audit_prints_its_table_and_speaks_through_its_exit_code(tmp_path, c
     assert code(["audit", "torch.optim:AdamW"]) == 1
     assert "not Sophia in 4 of 4" in " ".join(capsys.readouterr().out.split())
     assert code(["audit", "nonsense"]) == 2
-    assert "Write module:Class" in capsys.readouterr().err
+    assert "Write module:name, for instance" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_refused(capsys):
