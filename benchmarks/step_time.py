@@ -1,18 +1,23 @@
 """Time of an optimizer step as a ratio to ``torch.optim.AdamW(fused=True)``, in CPU seconds.
 
-    python benchmarks/step_time.py [--size 124m|3m|...] [--threads N] [--rounds N] [--json FILE]
+    python benchmarks/step_time.py [--size 124m|3m|...] [--threads N] [--rounds N] [--only WORD] [--json FILE]
 
 Every method is timed between two AdamW steps (A B A) in one process, and the ratio of a round is B over the
 mean of the two A: a machine that slows down slows both. The control is AdamW against a second AdamW.
 Gradients are set once; only ``step()`` is timed, without refreshes (see refresh_cost.py). Limit by words
-moved: 6 to 7, 0.857.
+moved: 6 to 7, 0.857; with bfloat16 m and h 18 bytes to 28, 0.643.
+
+The record also has the first step of a new process (from ``import sophia`` to its end, in seconds of the
+clock), the nanoseconds a parameter, and the bytes of state a parameter.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,27 +49,36 @@ def shapes(size: str) -> list[tuple[int, ...]]:
     return [(vocabulary, d), (context, d), *(block * layers), (d,), (d,)]
 
 
-def parameters(size: str) -> list[torch.nn.Parameter]:
+def parameters(size: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """Random parameters with random gradients."""
-    made = [torch.nn.Parameter(torch.randn(s) * 0.02) for s in shapes(size)]
+    made = [torch.nn.Parameter((torch.randn(s) * 0.02).to(dtype)) for s in shapes(size)]
     for p in made:
         p.grad = torch.randn_like(p) * 1e-3
     return made
 
 
-def sophia(size: str, **settings: object) -> torch.optim.Optimizer:
+def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.optim.Optimizer:
     """Sophia with an h of many orders of magnitude, so that some coordinates are clipped and some are not."""
-    opt = Sophia(parameters(size), mode="manual", update_every=2**30, **settings)
+    opt = Sophia(parameters(size, dtype), mode="manual", update_every=2**30, **settings)
     opt.step()
     for state in opt.state.values():
-        state["hessian"].copy_(torch.randn_like(state["hessian"]).mul_(3).exp_().mul_(1e-3))
+        noise = torch.randn_like(state["hessian"], dtype=torch.float32)
+        state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
     return opt
 
 
+BF16 = torch.bfloat16
 METHODS = {
     "adamw fused (control)": lambda size: torch.optim.AdamW(parameters(size), fused=True),
     "sophia, default": lambda size: sophia(size),
+    "sophia, bfloat16 m and h": lambda size: sophia(size, state_dtype=BF16),
+    "sophia, bfloat16 parameters": lambda size: sophia(size, BF16),
+    "sophia, bfloat16 parameters, m and h": lambda size: sophia(
+        size, BF16, state_dtype=BF16, stochastic_rounding=True
+    ),
+    "sophia, float16 parameters": lambda size: sophia(size, torch.float16),
     "sophia, foreach": lambda size: sophia(size, foreach=True),
+    "sophia, foreach, bfloat16 m and h": lambda size: sophia(size, foreach=True, state_dtype=BF16),
     "sophia, tensor by tensor": lambda size: sophia(size, foreach=False),
     "adamw foreach": lambda size: torch.optim.AdamW(parameters(size), foreach=True),
     "adamw for-loop": lambda size: torch.optim.AdamW(parameters(size), foreach=False, fused=False),
@@ -78,6 +92,32 @@ def cpu_seconds(opt: torch.optim.Optimizer) -> float:
     return time.process_time() - start
 
 
+COLD = """
+import time
+start = time.perf_counter()
+import torch
+loaded = time.perf_counter()
+from sophia import Sophia
+p = torch.nn.Parameter(torch.randn(1000, 1000))
+p.grad = torch.randn(1000, 1000)
+Sophia([p], mode="manual").step()
+print(time.perf_counter() - loaded)
+"""
+
+
+def first_step() -> float:
+    """Seconds from ``import sophia`` to the end of the first step, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, check=True)
+    return round(float(done.stdout), 3)
+
+
+def state_bytes(opt: torch.optim.Optimizer) -> float:
+    """Bytes of state a parameter, but for single numbers (AdamW's step counts)."""
+    kept = [t for s in opt.state.values() for t in s.values() if t.numel() > 1]
+    count = sum(p.numel() for g in opt.param_groups for p in g["params"])
+    return round(sum(t.numel() * t.element_size() for t in kept) / count, 4)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -86,31 +126,41 @@ def main() -> None:
     parser.add_argument("--size", default="3m")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     reference = torch.optim.AdamW(parameters(options.size), fused=True)
     cpu_seconds(reference)
+    count = sum(p.numel() for g in reference.param_groups for p in g["params"])
     rows = {}
     for name, make in METHODS.items():
+        if options.only not in name:
+            continue
         opt = make(options.size)
         cpu_seconds(opt)
-        ratios = []
+        ratios, own_times = [], []
         for _ in range(options.rounds):
             before, own, after = cpu_seconds(reference), cpu_seconds(opt), cpu_seconds(reference)
             ratios.append(2 * own / (before + after))
-        del opt
+            own_times.append(own)
         low, *_, high = statistics.quantiles(ratios, n=4)
-        rows[name] = {"ratio": statistics.median(ratios), "quartiles": [low, high]}
-        print(f"{name:26s} {statistics.median(ratios):6.3f}   ({low:.3f} to {high:.3f})", flush=True)
+        rows[name] = {
+            "ratio": round(statistics.median(ratios), 4),
+            "quartiles": [round(low, 4), round(high, 4)],
+            "ns_per_parameter": round(statistics.median(own_times) / count * 1e9, 4),
+            "state_bytes_per_parameter": state_bytes(opt),
+        }
+        del opt
+        print(f"{name:38s} {statistics.median(ratios):6.3f}   ({low:.3f} to {high:.3f})", flush=True)
     if options.json:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
         )
         record = {
             "size": options.size,
-            "parameters": sum(p.numel() for g in reference.param_groups for p in g["params"]),
+            "parameters": count,
             "threads": options.threads,
             "rounds": options.rounds,
             "unit": "CPU seconds of a step over those of AdamW(fused=True), median of A B A rounds",
@@ -118,6 +168,8 @@ def main() -> None:
             "machine": platform.machine(),
             "date": time.strftime("%Y-%m-%d"),
             "commit": commit.stdout.strip(),
+            "load_of_the_machine": os.getloadavg()[0],
+            "first_step_seconds": first_step(),
             "rows": rows,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)

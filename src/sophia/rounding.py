@@ -1,7 +1,7 @@
 """Stochastic rounding to bfloat16, with noise that is a function of what is rounded and when.
 
 A bfloat16 number has 8 significant bits: an average with decay 0.99 that is rounded to nearest ignores every
-new value that lies within 20 to 40% of it, and then it is no average. Rounded up with a probability equal to
+new value that lies within 20 to 40% of it, and drifts off. Rounded up with a probability equal to
 the part that is cut off, each store is right in the mean:
 
     x in [a, b], neighbours:   P(b) = (x - a) / (b - a),   so   E = x.
