@@ -21,6 +21,7 @@ def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.contenders import Contenders
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
@@ -32,6 +33,7 @@ def commands() -> dict[str, type[Command]]:
         "sweep": Sweep,
         "train": Train,
         "report": Report,
+        "contenders": Contenders,
         "audit": Audit,
         "experiment": Experiment,
         "pretrain": Pretrain,
