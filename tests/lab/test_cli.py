@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -90,11 +91,11 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(short, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert "Traceback" not in err
-    assert err.rstrip().endswith("--resume")
+    said = err.rstrip().rpartition("To go on: ")[2]
+    assert said == shlex.join(["sophia", *map(str, arguments)]), "the same command"
     assert list((tmp_path / "c").glob("runs/*/checkpoint.pt"))
-    assert code(arguments) == 2  # neither repeated nor continued unasked
 
-    again = sophia(*arguments, "--resume", start_new_session=True)
+    again = sophia(*arguments, start_new_session=True)
     while time.monotonic() < deadline + 60:
         attempts = [p.read_text().splitlines() for p in (tmp_path / "c").glob("runs/*/attempts.jsonl")]
         if any(len(a) == 2 for a in attempts):
@@ -104,6 +105,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(short, tmp_path):
     assert again.wait(60) == 143
     again.communicate()
     assert any(json.loads(a[-1])["from_step"] > 0 for a in attempts if len(a) == 2)
+
+
+def test_resume_refuses_to_begin(short, tmp_path, capsys):
+    """Else a misspelt folder would start hours of work anew."""
+    for command in (
+        [*short],
+        ["sweep", *short[1:5], "--out", tmp_path / "c"],
+        ["train", *short[1:5], "--out", tmp_path / "c"],
+    ):
+        assert code([*command, "--resume"]) == 2
+        assert "nothing to resume" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 BAD = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sophia import Sophia
-from sophia.lab import contenders
+from sophia.lab import cli, contenders
 from sophia.lab.borrowed import RootOfCurvature
 from sophia.lab.config import Model
 from sophia.lab.contender import state_bytes
@@ -222,3 +222,32 @@ def test_an_ablation_that_is_none_is_refused(wrong):
     row = CONTENDERS["ablated"]
     with pytest.raises(UsageError, match=f"{next(iter(wrong.values()))!r}, which is none"):
         row.build(gpt2(SMALL, seed=1), row.settings(wrong), 1)
+
+
+def test_the_table_for_people_says_costs_and_spaces(capsys, monkeypatch):
+    """Else nobody could see what is compared, or what a search would vary, without reading code."""
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main(["contenders"])
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert set(lines) >= set(contenders.CONTENDERS)
+    assert lines["adamw"].split()[-3:] == ["1", "8", "5"]
+    assert lines["sophia-g"].split()[-3:] == ["1.05", "8", "9"]
+    hutchinson = contenders.find("sophia-h")
+    cost = 1 + hutchinson.gradients(hutchinson.settings({}))
+    assert lines["sophia-h"].split()[-3:] == [f"{cost:.3g}", "8", "9"]
+    assert cost > 1.05, "a Hessian-vector product costs more than a gradient"
+    cli.main(["contenders", "sophia-g", "torch.optim:RAdam"])
+    out = capsys.readouterr().out
+    assert "gamma = 0.05   searched: 0.001 to 1" in out
+    assert "warmup = the schedule's   searched: 0.05 or 0.1 or 0.2" in out
+    assert "radam" in out
+
+
+def test_the_declared_spaces_hold_what_a_fair_search_needs():
+    """Else AdamW would be under-tuned, or Sophia compared with a scale of h that nobody looked for."""
+    assert {"lr", "weight_decay", "beta1", "beta2", "warmup"} <= set(contenders.find("adamw").space)
+    for name in ("sophia-g", "sophia-h", "sophia-ef"):
+        assert {"lr", "gamma", "eps", "beta2", "warmup", "weight_decay", "update_every", "fraction"} <= set(
+            contenders.find(name).space
+        )

@@ -1,7 +1,11 @@
 """Optimizers of other people, by dotted path and by entry point."""
 
+import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -9,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sophia.lab import cli, contenders, third_party
-from sophia.lab.config import Model, Optimizer
+import sophia
+from sophia.lab import contenders, protocol_files, third_party, vocabulary
+from sophia.lab.config import Data, Model, Optimizer
 from sophia.lab.errors import LabError, UsageError
 from sophia.lab.loading import load_class
 from sophia.lab.models import gpt2
 from sophia.lab.protocol import split_label
+from sophia.lab.record import rows
 from sophia.lab.space import Choice, LogRange
+from sophia.lab.training import train
 
 PAGE = (Path(__file__).parents[2] / "docs" / "third-party.md").read_text()
 SMALL = Model(layers=1, width=16, heads=2, context=8)
@@ -40,27 +47,33 @@ def package(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_example_of_the_docs_runs_by_path_and_by_entry_point(package, text_file, tmp_path, capsys):
-    """Else the page would promise what does not work."""
-    path = "mypackage_of_docs.optimizers:Calm"
-    out = tmp_path / "c"
-    options = [
-        "--preset",
-        "tiny",
-        "--seeds",
-        "1",
-        "--budgets",
-        "8",
-        "--workers",
-        "1",
-        "--set",
-        "mine.beta=0.8",
-    ]
-    cli.main(["compare", "calm", f"mine={path}", *options, "--data", str(text_file), "--out", str(out)])
+def test_the_example_of_the_docs_runs_by_path_and_by_entry_point(package, text_file, tmp_path, cache):
+    """Else the page would promise what does not work. In a process of its own, somewhere else, as a user's:
+    the workers have to find the class too, and nothing that this process has imported helps.
+    """
+    path = "loose_of_docs.optimizers:Calm"
+    out, elsewhere = tmp_path / "c", tmp_path / "elsewhere"
+    shutil.copytree(package / "mypackage_of_docs", elsewhere / "loose_of_docs")  # in the working folder alone
+    (package / "calm_of_docs-1.2.dist-info" / "top_level.txt").write_text("mypackage_of_docs\n")
+    options = ["--preset", "tiny", "--seeds", "1", "--budgets", "8", "--workers", "1"]
+    options += ["--set", "mine.beta=0.8", "--data", str(text_file), "--out", str(out)]
+    source = str(Path(sophia.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "sophia.lab.cli", "compare", "calm", f"mine={path}", *options],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": f"{source}{os.pathsep}{package}", "SOPHIA_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "calm: loss" in done.stdout
+    assert "mine: loss" in done.stdout
     content = json.loads((out / "comparison.json").read_text())
     assert content["contenders"] == ["adamw", "calm", "mine"]
     for run in content["runs"]:
         assert json.loads((out / "runs" / run["run"] / "result.json").read_text())["status"] == "finished"
+    assert content["settings"]["calm"]["code"] == "calm-of-docs 1.2", "an installed package by its version"
     mine = content["settings"]["mine"]
     assert mine["beta"] == 0.8
     assert mine["class"] == path
@@ -122,6 +135,50 @@ def test_a_class_that_takes_the_model_gets_it(monkeypatch):
     assert seen == [(model, 7)]
     assert row.gradients(row.settings({})) == 0.5
     assert row.space == {"lr": LogRange(0.01, 1.0), "warmup": Choice((0.1, 0.2))}
+
+
+class Sharp(torch.optim.Optimizer):
+    """Sharpness-aware descent: the gradient is taken again at the top of the hill. arXiv 2010.01412."""
+
+    sophia_defaults = {"lr": 0.05, "rho": 0.05}  # noqa: RUF012
+    sophia_gradients = 1.0
+    sophia_closure = True
+    seen: list[float] = []  # noqa: RUF012
+
+    def __init__(self, params, lr, rho):
+        super().__init__(params, {"lr": lr, "rho": rho})
+
+    @torch.no_grad()
+    def step(self, closure):
+        mine = [(p, g["lr"], g["rho"]) for g in self.param_groups for p in g["params"]]
+        first = [p.grad.clone() for p, _, _ in mine]
+        norm = torch.stack([g.norm() for g in first]).norm()
+        for (p, _, rho), g in zip(mine, first, strict=True):
+            p.add_(g, alpha=rho / float(norm))
+        loss = closure()
+        self.seen.append(float(loss))
+        for (p, lr, rho), g in zip(mine, first, strict=True):
+            p.sub_(g, alpha=rho / float(norm)).sub_(p.grad, alpha=lr)
+        return loss
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_optimizer_with_passes_of_its_own_gets_a_closure(monkeypatch, text, ids, tmp_path, micro_batches):
+    """Else whatever needs the loss or the gradient at other weights could not be compared."""
+    path = made(monkeypatch, Sharp=Sharp) + "Sharp"
+    Sharp.seen.clear()
+    protocol = protocol_files.chosen("tiny", None).with_contenders([f"sharp={path}"])
+    data = Data(text.name, text.sha256, vocabulary.SHA256)
+    config = protocol.run("sharp", data=data, seed=1, steps=20)
+    config = dataclasses.replace(config, log_every=1, micro_batches=micro_batches)
+    result = train(config, tmp_path, ids)
+    assert result["gradient_evaluations"] == 40
+    losses = [r["loss"] for r in rows(tmp_path / config.hash) if r["kind"] == "train"]
+    assert len(Sharp.seen) == len(losses) == 20
+    assert all(up > down for up, down in zip(Sharp.seen, losses, strict=True)), "it looked up the hill"
+    assert losses[-1] < losses[0] - 0.1
+    start = [r["loss"] for r in rows(tmp_path / config.hash) if r["kind"] == "eval"]
+    assert result["loss"] == start[-1] < start[0]
 
 
 class NoRate(torch.optim.Optimizer):

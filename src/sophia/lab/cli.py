@@ -22,6 +22,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.audit import Audit
     from sophia.lab.commands.claims import Claims
     from sophia.lab.commands.compare import Compare
+    from sophia.lab.commands.contenders import Contenders
     from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
@@ -34,6 +35,7 @@ def commands() -> dict[str, type[Command]]:
         "sweep": Sweep,
         "train": Train,
         "report": Report,
+        "contenders": Contenders,
         "audit": Audit,
         "experiment": Experiment,
         "claims": Claims,

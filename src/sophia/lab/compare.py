@@ -38,7 +38,7 @@ def compare(
     console: Console,
 ) -> Path:
     """Plan, run what has not been run, and report; return the folder. Nothing is written before everything is
-    checked.
+    checked. With ``resume`` it must have been begun.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the runs. Use 1 or more.")
@@ -52,12 +52,7 @@ def compare(
         "comparison.json": planned.to_json(),
     }
     started = freezing.check(folder, frozen, what="comparison")
-    if started and not resume and any(Record(folder / "runs", run).result() is None for run in planned.runs):
-        raise UsageError(
-            f"{folder} holds this comparison, begun and not finished; it is neither repeated nor continued "
-            f"unasked. "
-            f"To go on: {command} --resume"
-        )
+    freezing.begun(folder, started, resume=resume, what="comparison")
     at_once = workers or (1 if device == "cuda" else cores())
     with locked(folder, what="comparison"):
         freezing.write(folder, frozen)
@@ -72,6 +67,10 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
     if len(done) == len(planned.runs):
         console.print(f"All {len(done)} runs of {folder} have ended before.", highlight=False)
         return
+    if any(Record(runs, run).folder.exists() for run in planned.runs):
+        console.print(
+            f"Going on: {len(done)} of {len(planned.runs)} runs have ended before.", highlight=False
+        )
     size = planned.runs[0]
     console.print(
         f"{' against '.join(reversed(planned.contenders))} on {planned.data['about']}: "
@@ -91,9 +90,9 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
         with Display(console, planned.runs, done, workers=workers) as display:
             execute(planned.runs, runs, workers=workers, events=display)
     except Stopped as stopped:
-        raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
+        raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
     except LabError as error:
-        raise LabError(f"{error}\nTo try those again: {command} --resume") from None
+        raise LabError(f"{error}\nTo try those again: {command}") from None
 
 
 def show(folder: Path, console: Console) -> None:

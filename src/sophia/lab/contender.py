@@ -38,6 +38,10 @@ class Contender:
     """
     gradients: Callable[[Settings], float] = lambda settings: 0.0
     """Extra gradient evaluations of a step, on average."""
+    closure: bool = False
+    """Whether ``step`` is given a closure that does the batch again: zeroes the gradients, computes them
+    where the weights are now, clips them, and returns the loss.
+    """
 
     def settings(self, over: Settings) -> dict[str, Setting]:
         """The defaults with other values put over them. Raises ``UsageError`` for a name or type that is none

@@ -88,7 +88,7 @@ def out_of_space_named(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LabError(
                 f"No space left on the disk while writing {path.name}; what was saved before is intact. "
-                "Free some space and give the same command with --resume."
+                "Free some space and give the same command again."
             ) from error
         raise
 

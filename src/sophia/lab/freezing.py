@@ -11,7 +11,7 @@ from sophia.lab.files import write_json
 from sophia.lab.record import read_json
 from sophia.lab.strict import differences
 
-__all__ = ["check", "write"]
+__all__ = ["begun", "check", "write"]
 
 
 def check(folder: Path, frozen: Mapping[str, Mapping[str, Any]], *, what: str) -> bool:
@@ -44,6 +44,17 @@ def check(folder: Path, frozen: Mapping[str, Mapping[str, Any]], *, what: str) -
                 "--out."
             )
     return begun
+
+
+def begun(folder: Path, started: bool, *, resume: bool, what: str) -> None:
+    """Raise ``UsageError`` if one is to go on here that never began: most often a misspelt folder or option.
+    Without ``resume`` nothing has to be asked: what is there is the same, and goes on.
+    """
+    if resume and not started:
+        raise UsageError(
+            f"{folder} holds no {what} that was begun, so there is nothing to resume. Look whether folder "
+            "and options are those of the first time; or leave out --resume to begin it."
+        )
 
 
 def write(folder: Path, frozen: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sophia.lab import corpus, tokens, training, vocabulary
+from sophia.lab import corpus, freezing, tokens, training, vocabulary
 from sophia.lab.config import Data
-from sophia.lab.errors import Stopped, UsageError
+from sophia.lab.errors import Stopped
 from sophia.lab.protocol import Protocol
 from sophia.lab.record import Record
 from sophia.lab.signals import requests
@@ -42,12 +42,7 @@ def train_one(
     ids = tokens.encode(text)
     ids.require(config.model.context, f"The text {protocol.data}")
     record = Record(out, config)
-    if record.folder.exists() and record.result() is None and not resume:
-        raise UsageError(
-            f"{record.folder} holds this run, begun and not finished; it is neither repeated nor continued "
-            f"unasked. "
-            f"To go on: {command} --resume"
-        )
+    freezing.begun(record.folder, record.folder.exists(), resume=resume, what="run")
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -67,7 +62,7 @@ def train_one(
         try:
             result = training.train(config, out, ids, stop=stop, report=report)
         except Stopped as stopped:
-            raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
+            raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
     if result["status"] == "finished":
         loss, bits = result["loss"], result["bits_per_byte"]
         end = f"loss {loss:.4f} nats, {bits:.4f} bits per byte, {result['seconds']:.0f} s"

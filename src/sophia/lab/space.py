@@ -27,6 +27,11 @@ class LogRange:
     high: float
 
     @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.low:g} to {self.high:g}"
+
+    @property
     def first(self) -> float:
         """A value of it."""
         return self.low
@@ -37,6 +42,11 @@ class Choice:
     """One of a few values; numbers in ascending order, so that the ends are known."""
 
     values: tuple[Setting, ...]
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return " or ".join(str(value) for value in self.values)
 
     @property
     def first(self) -> Setting:

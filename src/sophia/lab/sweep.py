@@ -40,7 +40,7 @@ def sweep(
     console: Console,
 ) -> Path:
     """Do the trials that are missing and write down what came of them; return the folder. Nothing is written
-    before everything is checked.
+    before everything is checked. With ``resume`` it must have been begun.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the trials. Use 1 or more.")
@@ -71,11 +71,7 @@ def sweep(
     }
     folder = out or Path("sweeps") / f"{protocol.name}-{text.name}-{named.hash}"
     begun = freezing.check(folder, frozen, what="sweep")
-    if begun and not resume and not (folder / "trials.jsonl").exists():
-        raise UsageError(
-            f"{folder} holds this sweep, begun and not finished; it is neither repeated nor continued "
-            f"unasked. To go on: {command} --resume"
-        )
+    freezing.begun(folder, begun, resume=resume, what="sweep")
     with locked(folder, what="sweep"):
         freezing.write(folder, frozen)
         total = protocol.search.trials * len(spaces)
@@ -94,9 +90,9 @@ def sweep(
                 events=_Lines(console),
             )
         except Stopped as stopped:
-            raise Stopped(f"{stopped}\nTo go on: {command} --resume", signal=stopped.signal) from None
+            raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
         except LabError as error:
-            raise LabError(f"{error}\nTo try those again: {command} --resume") from None
+            raise LabError(f"{error}\nTo try those again: {command}") from None
         _record(folder, protocol, trials)
     console.print(_table(spaces, trials))
     console.print(

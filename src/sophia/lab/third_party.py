@@ -1,8 +1,9 @@
 """Contenders from other people's code: a class by its dotted path, or offered by an installed package.
 
-The class may say three things about itself, all optional, all plain values so that it need not import this
+The class may say four things about itself, all optional, all plain values so that it need not import this
 package: ``sophia_defaults`` (settings by name), ``sophia_space`` (what a search may vary, as in a protocol
-file) and ``sophia_gradients`` (extra gradient evaluations of a step, a number). Without them the settings are
+file), ``sophia_gradients`` (extra gradient evaluations of a step, a number) and ``sophia_closure`` (true if
+``step`` needs a closure that computes loss and gradients again). Without them the settings are
 the arguments of its constructor that have plain defaults, and the space is a decade of learning rates to each
 side of the default.
 
@@ -63,6 +64,7 @@ def contender(label: str, path: str, *, code: str | None = None) -> Contender:
         space=_space(make, path, defaults),
         state_per_parameter=0,
         gradients=functools.partial(_gradients, make),
+        closure=bool(getattr(make, "sophia_closure", False)),
     )
 
 

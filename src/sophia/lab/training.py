@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -179,14 +180,10 @@ def _train(
             },
         }
 
-    if step == 0:
-        evaluate()
-    loss_at_end = math.nan
-    while step < config.steps:
-        clock.start()
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
-        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context)
+    limit = config.clip or math.inf
+
+    def gradients(batch: torch.Tensor) -> tuple[float, float]:
+        """Those of a batch, clipped, in the parameters; returns the loss and the norm before clipping."""
         loss = 0.0
         for number, part in enumerate(team.share(batch).to(device).chunk(parts), 1):
             with team.accumulating(model, last=number == parts):
@@ -195,12 +192,30 @@ def _train(
                 part_loss.backward()
             loss += float(part_loss.detach())
         (loss,) = team.mean([loss])
-        limit = config.clip or math.inf
-        norm = _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return loss, _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def again(batch: torch.Tensor) -> Any:
+        """The closure of an optimizer that makes passes of its own."""
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            return torch.tensor(gradients(batch)[0])
+
+    if step == 0:
+        evaluate()
+    loss_at_end = math.nan
+    while step < config.steps:
+        clock.start()
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
+        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context)
+        loss, norm = gradients(batch)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             clock.stop()
             return end("diverged", None)
-        optimizer.step()
+        if row.closure:
+            optimizer.step(functools.partial(again, batch))
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         clock.stop()
 

@@ -34,7 +34,7 @@ class Compare(ProtocolChoice):
     out: Path | None = None
     """Folder of the records and the report; comparisons/... unless given."""
     resume: bool = False
-    """Go on with a comparison that was begun."""
+    """Refuse to begin a new one; a comparison that was begun goes on with or without this."""
     workers: int | None = None
     """Runs at a time; as many as there are cores unless given. With 1, seconds are measured without a
     neighbour.

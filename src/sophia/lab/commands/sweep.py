@@ -27,7 +27,7 @@ class Sweep(ProtocolChoice):
     out: Path | None = None
     """Folder of the records; sweeps/... unless given."""
     resume: bool = False
-    """Go on with a sweep that was begun."""
+    """Refuse to begin a new one; a sweep that was begun goes on with or without this."""
     workers: int | None = None
     """Trials at a time; as many as there are cores unless given."""
     device: str = "cpu"

@@ -27,7 +27,7 @@ class Train(ProtocolChoice):
     out: Path = Path("runs")
     """Folder in which the run gets a folder of its own, named by its configuration."""
     resume: bool = False
-    """Go on with a run that was begun."""
+    """Refuse to begin a new one; a run that was begun goes on with or without this."""
     device: str = "cpu"
     """cpu or cuda."""
 

@@ -111,7 +111,7 @@ def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bo
 
             from sophia.lab.sweep import sweep
 
-            sweep(protocol, out=found, resume=True, workers=1, console=Console(quiet=True))
+            sweep(protocol, out=found, workers=1, console=Console(quiet=True))
         protocol = protocol_files.load(found / "tuned.toml")
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)

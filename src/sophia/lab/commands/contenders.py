@@ -1,0 +1,52 @@
+"""`sophia contenders`: what can be compared, what a step of each costs, and what a search varies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+__all__ = ["Contenders"]
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """List the contenders: what they are, what a step costs with their default settings, and their search
+    space. Those of installed packages too, and classes of your own as module:Class.
+    """
+
+    names: Positional[tuple[str, ...]] = ()
+    """Only these; with their settings and search spaces in full."""
+
+    def run(self, command: str) -> int:
+        """Print the table."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from sophia.lab import contenders
+        from sophia.lab.protocol import split_label
+        from sophia.lab.third_party import offered
+
+        console = Console()
+        labels = [split_label(name) for name in self.names]
+        rows = [contenders.find(*label) for label in labels] or [
+            contenders.find(name) for name in (*contenders.CONTENDERS, *offered())
+        ]
+        table = Table(box=None, pad_edge=False)
+        table.add_column("contender", no_wrap=True)
+        table.add_column("what it is")
+        for title in ("gradient evaluations a step", "state, bytes a parameter", "settings searched"):
+            table.add_column(title, justify="right")
+        for row in rows:
+            cost = 1 + row.gradients(row.settings({}))
+            state = str(row.state_per_parameter) if row.state_per_parameter else "measured"
+            table.add_row(row.name, row.title, f"{cost:.3g}", state, str(len(row.space)))
+        console.print(table)
+        for row in rows if self.names else ():
+            console.print(f"\n[bold]{row.name}[/bold]", highlight=False)
+            for name in dict.fromkeys((*row.defaults, *row.space)):
+                kind = row.space.get(name)
+                varied = "" if kind is None else f"   searched: {kind.words}"
+                default = row.defaults.get(name, "the schedule's")
+                console.print(f"  {name} = {default}{varied}", highlight=False, markup=False)
+        return 0
