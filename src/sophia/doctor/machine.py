@@ -16,6 +16,7 @@ from torch import Tensor
 from sophia import kernels
 from sophia.doctor.findings import Finding
 from sophia.kernels import foreach, fused_cpu, single_tensor
+from sophia.optimizer import Sophia
 from sophia.update_rule import sophia_step
 
 __all__ = ["check_machine"]
@@ -115,7 +116,7 @@ def _compiler() -> str | None:
 
 def _choices() -> Iterator[Finding]:
     """What Sophia chooses by default for the usual parameters."""
-    group = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
+    (group,) = Sophia([torch.nn.Parameter(torch.zeros(3))], mode="manual").param_groups
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen: dict[str, str] = {}
     parts: list[str] = []
