@@ -27,9 +27,9 @@ PATHS: dict[ModuleType, str] = {
     fused_cpu: "compiled",
 }
 WHY = {
-    single_tensor: "m and h are float32 and the parameters are not",
-    foreach: "lists of tensors of one dtype",
-    fused_cpu: "one pass over float32 on a CPU",
+    single_tensor: "no faster path takes these tensors",
+    foreach: "few passes over lists of tensors",
+    fused_cpu: "one pass over memory on a CPU",
 }
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
 
