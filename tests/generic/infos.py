@@ -91,6 +91,16 @@ def inputs(device, dtype=None):
     return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in table.items()]
 
 
+def inputs_that_round():
+    """Settings that round by chance: they go with neither capturable nor differentiable, and the noise of a
+    parameter depends on its number, so two optimizers are not one with two groups.
+    """
+    return [
+        OptimizerInput(None, {"state_dtype": torch.bfloat16}, "bfloat16 state"),
+        OptimizerInput(None, {"stochastic_rounding": True}, "stochastic rounding"),
+    ]
+
+
 def sparse_gradient():
     parameter = Parameter(torch.ones(3))
     parameter.grad = torch.ones(3).to_sparse()
@@ -124,6 +134,14 @@ def error_inputs(device, dtype):
             OptimizerInput(params=None, kwargs={"differentiable": True, "foreach": True}, desc="likewise"),
             RuntimeError,
             "differentiable=True runs tensor by tensor",
+            OptimizerErrorEnum.CONSTRUCTION_ERROR,
+        ),
+        (
+            OptimizerInput(
+                params=None, kwargs={"differentiable": True, "state_dtype": torch.bfloat16}, desc="rounding"
+            ),
+            RuntimeError,
+            "a rounding has no derivative",
             OptimizerErrorEnum.CONSTRUCTION_ERROR,
         ),
         (
@@ -185,8 +203,9 @@ optim_db = [
 ]
 
 
-def every_path(optim_info, device, *, skip=()):
-    """All inputs, each with no path asked for, with each path forced, and with none of the fast ones.
+def every_path(optim_info, device, *, skip=(), more=()):
+    """All inputs, and ``more``, each with no path asked for, with each path forced, and with none of the fast
+    ones.
 
     torch has a function for this too; it leaves foreach out on a CPU, where torch has no kernels for it.
     """
@@ -199,6 +218,6 @@ def every_path(optim_info, device, *, skip=()):
         OptimizerInput(
             params=None, kwargs={**deepcopy(given.kwargs), **choice}, desc=f"{given.desc} {choice}"
         )
-        for given in optim_info.optim_inputs_func(device=device)
+        for given in (*optim_info.optim_inputs_func(device=device), *more)
         for choice in choices
     ]

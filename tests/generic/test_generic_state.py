@@ -5,7 +5,7 @@ import tempfile
 from copy import deepcopy
 
 import torch
-from infos import every_path, optim_db
+from infos import every_path, inputs_that_round, optim_db
 from torch.nn import Parameter
 from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -42,7 +42,7 @@ def without_names(state):
 
 class TestGenericState(TestCase):
     def inputs(self, optim_info, device):
-        return every_path(optim_info, device, skip=("differentiable",))
+        return every_path(optim_info, device, skip=("differentiable",), more=inputs_that_round())
 
     @optims(optim_db)
     def test_optimizer_can_be_printed(self, device, dtype, optim_info):

@@ -3,7 +3,7 @@
 from copy import deepcopy
 
 import torch
-from infos import every_path, optim_db
+from infos import every_path, inputs_that_round, optim_db
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.testing._internal.common_device_type import instantiate_device_type_tests
@@ -130,7 +130,7 @@ class TestGenericSteps(TestCase):
         """
         tolerance = HALF.get(dtype)
         tolerances = {} if tolerance is None else {"rtol": tolerance, "atol": tolerance}
-        for given in optim_info.optim_inputs_func(device=device, dtype=dtype):
+        for given in (*optim_info.optim_inputs_func(device=device, dtype=dtype), *inputs_that_round()):
             x = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], device=device, dtype=dtype).reshape(3, 2)
             off = {"foreach": False, "fused": False}
             made = [small_model(device, dtype) for _ in range(2)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from sophia import kernels
 from sophia.doctor.findings import Finding
 from sophia.kernels import foreach, fused_cpu, single_tensor
+from sophia.optimizer import Sophia
 from sophia.update_rule import sophia_step
 
 __all__ = ["check_machine"]
@@ -26,9 +27,9 @@ PATHS: dict[ModuleType, str] = {
     fused_cpu: "compiled",
 }
 WHY = {
-    single_tensor: "m and h are float32 and the parameters are not",
-    foreach: "lists of tensors of one dtype",
-    fused_cpu: "one pass over float32 on a CPU",
+    single_tensor: "no faster path takes these tensors",
+    foreach: "few passes over lists of tensors",
+    fused_cpu: "one pass over memory on a CPU",
 }
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
 
@@ -115,7 +116,7 @@ def _compiler() -> str | None:
 
 def _choices() -> Iterator[Finding]:
     """What Sophia chooses by default for the usual parameters."""
-    group = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
+    (group,) = Sophia([torch.nn.Parameter(torch.zeros(3))], mode="manual").param_groups
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     chosen: dict[str, str] = {}
     parts: list[str] = []
