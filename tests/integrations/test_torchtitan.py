@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sophia import Sophia
+from sophia.kernels import fused_cpu
 from tiny import GPT, T, data
 
 
@@ -72,13 +73,14 @@ def assert_same_state(model, optimizer, other_model, other):
             assert torch.equal(optimizer.state[p][name], other.state[q][name])
 
 
+FUSED = pytest.param(
+    {"fused": True, "foreach": False},
+    marks=pytest.mark.skipif(fused_cpu.unavailable() is not None, reason="the compiled step was not built"),
+)
+
+
 @pytest.mark.parametrize(
-    "path",
-    [
-        {"fused": True, "foreach": False},
-        {"fused": False, "foreach": True},
-        {"fused": False, "foreach": False},
-    ],
+    "path", [FUSED, {"fused": False, "foreach": True}, {"fused": False, "foreach": False}]
 )
 def test_the_container_pattern(path):
     """Both choices are always given there, and the flat state must hold the books of the refreshes."""
