@@ -30,7 +30,7 @@ def team():
 
 def answers(team, function, **arguments):
     # The very first start builds an extension, which takes minutes on a busy machine.
-    found = team.answers(function, seconds=900, port=29431, **arguments)
+    found = team.answers(function, within=900, port=29431, **arguments)
     assert [kind for kind, _ in found] == ["ok"] * team.size, found
     return [value for _, value in found]
 
