@@ -62,6 +62,7 @@ VARIANTS = {
     "one micro-batch": ({"gradient_accumulation_steps": 1}, 2 * COUNTED),
     "bf16": ({"bf16": True, "use_cpu": True}, HALF),
     "label smoothing": ({"label_smoothing_factor": 0.1}, HALF),
+    "bf16 and label smoothing": ({"bf16": True, "use_cpu": True, "label_smoothing_factor": 0.1}, HALF),
     "activation checkpointing": ({"activation_checkpointing": True}, HALF),
     "clipped to nothing": ({"max_grad_norm": 1e-4}, HALF),
     "an evaluation in between": ({"eval_strategy": "steps", "eval_steps": 3}, HALF),
