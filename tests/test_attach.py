@@ -133,7 +133,7 @@ def test_h_is_the_curvature_of_the_loop_s_own_loss(model, loop, padded):
 def test_autocast_is_recorded_and_the_scale_does_not_reach_h(dtype, scaled):
     """Half precision without the recorded autocast, or a GradScaler's 4e3 squared in h."""
     model, (x, y) = GPT(), data(padded=True)
-    labels = torch.randint(0, V, (int((y >= 0).sum()),))
+    labels = torch.randint(0, V, (int((y >= 0).sum()), 2))
     expected, count = oracle(model, x, y >= 0, likelihood=ForcedLabels(labels))
     opt = sophia(model, likelihood=ForcedLabels(labels))
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=2.0**12)

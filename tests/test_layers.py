@@ -25,6 +25,7 @@ LAYERS = [
         "sophia.outputs",
         "sophia.sharding",
     },
+    {"sophia.readout"},
     {"sophia.curvature", "sophia.rounding", "sophia.wrappers"},
     {"sophia.ranks"},
     {"sophia.kernels", "sophia.distributed", "sophia.sandbox"},

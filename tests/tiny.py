@@ -77,21 +77,26 @@ def data(n=16, *, padded=False, seed=0):
 
 
 class LabelsFromLogits(Categorical):
-    """Labels that are a function of the logits of their own prediction.
+    """A pair of labels that is a function of the logits of their own prediction.
 
     They do not depend on how the batch is cut into micro-batches, rows or ranks, so layouts can be compared
     exactly.
     """
 
+    def __init__(self):
+        super().__init__(pairs=1)
+
     def draw(self, probabilities, uniforms):
         order = probabilities.argsort(-1, descending=True)
-        return order.gather(-1, order[:, :1] % 7)[:, 0]
+        first = order[:, :1] % 7
+        return order.gather(-1, torch.cat([first, (first + 3) % 7], 1))
 
 
 class ForcedLabels(Categorical):
-    """Hands out given labels, one a prediction, in order: to enumerate all of them."""
+    """Hands out given labels, in order of the predictions: ``(n,)`` one each, ``(n, 2)`` pairs."""
 
     def __init__(self, labels):
+        super().__init__(pairs=labels.ndim - 1)
         self.labels, self.used = labels, 0
 
     def draw(self, probabilities, uniforms):
@@ -100,8 +105,8 @@ class ForcedLabels(Categorical):
 
 
 def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=None):
-    """``B * (gradient of the mean cross-entropy on the chosen labels)^2`` of the whole batch at once; (by
-    parameter, B).
+    """``B * (gradient of the mean cross-entropy on the chosen labels)^2`` of the whole batch at once, or of
+    the difference between two labels, divided by sqrt(2); (by parameter, B).
     """
     likelihood = LabelsFromLogits() if likelihood is None else likelihood
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -109,7 +114,11 @@ def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=No
     checkpoint, model.checkpoint = getattr(model, "checkpoint", None), None
     logits = logits_of(model, x)[mask].float()
     labels = likelihood.draw(torch.softmax(logits.detach(), -1), None)
-    loss = F.cross_entropy(logits, labels)
+    if likelihood.pairs:
+        assert labels.shape[1] == 2
+        loss = (F.cross_entropy(logits, labels[:, 0]) - F.cross_entropy(logits, labels[:, 1])) / 2**0.5
+    else:
+        loss = F.cross_entropy(logits, labels)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     model.checkpoint = checkpoint
     count = int(mask.sum())

@@ -19,6 +19,7 @@ from sophia.attach import Outputs, Recorder, Recording
 from sophia.guards import SophiaWarning
 from sophia.noise import generator
 from sophia.outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
+from sophia.readout import Readout, watched
 
 __all__ = ["Replay", "RowsCannotBeTaken", "choose"]
 
@@ -67,6 +68,14 @@ class Replay:
         if not fits:
             raise RowsCannotBeTaken("the logits do not have the rows that were asked for")
         return output
+
+    def forward_with_readouts(self) -> tuple[Any, tuple[Readout | None, ...]]:
+        """``forward()``, and for each output the call of the linear layer that made it, if it was seen."""
+        classes = {outputs.shape[-1] for outputs in self.recording.outputs if outputs.shape}
+        with watched(self.recorder.model, classes) as calls:
+            output = self.forward()
+        found = self.recorder.find_outputs(output)
+        return output, tuple(next((call for made, call in calls if made is each), None) for each in found)
 
     def outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs of all heads, checked against those of the training forward."""

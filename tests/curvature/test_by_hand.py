@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from sophia import Sophia
-from tiny import GPT, LabelsFromLogits, data, estimate_in_state, oracle, relative_error
+from tiny import GPT, ForcedLabels, LabelsFromLogits, data, estimate_in_state, oracle, relative_error
 
 
 @pytest.mark.parametrize("parts", [[slice(0, 16)], [slice(0, 3), slice(3, 16)]], ids=["1x16", "3+13"])
@@ -115,12 +115,20 @@ def test_sampled_loss_under_autocast_and_in_half_precision():
     assert 0.8 < ratio < 1.25
 
 
-def test_closed_form_equals_cross_entropy_on_the_sampled_labels():
+@pytest.mark.parametrize("pairs", [0, 1, 3])
+@pytest.mark.parametrize("full", [True, False], ids=["all count", "some count"])
+def test_closed_form_equals_cross_entropy_on_the_sampled_labels(pairs, full):
     """The closed form is the gradient of what it says it is."""
-    likelihood = LabelsFromLogits()
     logits = torch.randn(3, 5, 9, requires_grad=True)
-    mask = torch.rand(3, 5) < 0.6
+    mask = torch.ones(3, 5, dtype=torch.bool) if full else torch.rand(3, 5) < 0.6
+    labels = torch.randint(0, 9, (int(mask.sum()), *([2 * pairs] if pairs else [])))
+    likelihood = ForcedLabels(labels)
+    likelihood.pairs = pairs
     found = likelihood.sampled_gradient(logits, mask, torch.Generator(), scale=0.5)
-    labels = likelihood.draw(torch.softmax(logits.detach()[mask], -1), None)
-    (expected,) = torch.autograd.grad(0.5 * F.cross_entropy(logits[mask], labels, reduction="sum"), logits)
+
+    def loss(of):
+        return F.cross_entropy(logits[mask], of, reduction="sum")
+
+    total = loss(labels) if not pairs else sum((-1) ** j * loss(labels[:, j]) for j in range(2 * pairs))
+    (expected,) = torch.autograd.grad(0.5 * total / max(2 * pairs, 1) ** 0.5, logits)
     torch.testing.assert_close(found, expected)

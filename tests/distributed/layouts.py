@@ -18,11 +18,14 @@ from tiny import GPT, LabelsFromLogits, data, estimate_in_state, oracle
 ROWS = 16
 
 
-class OneLabel(Categorical):
-    """The same label for every prediction: rounding of the logits cannot change it."""
+class OnePair(Categorical):
+    """The same labels for every prediction: rounding of the logits cannot change them."""
+
+    def __init__(self):
+        super().__init__(pairs=1)
 
     def draw(self, probabilities, uniforms):
-        return torch.full((len(probabilities),), 7)
+        return torch.tensor([7, 11]).expand(len(probabilities), 2)
 
 
 def share(padded=True):

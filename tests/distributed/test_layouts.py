@@ -64,7 +64,7 @@ def over_shards(kind, settings, order="after", accumulate=False, prepare=None):
     settings = dict(settings)
     likelihood = LabelsFromLogits()
     if settings.pop("half", False):
-        settings["policy"], likelihood = layouts.half_precision(), layouts.OneLabel()
+        settings["policy"], likelihood = layouts.half_precision(), layouts.OnePair()
     if order == "before":
         # Wrapping replaces the parameters: an optimizer built before has to be pointed at the new ones.
         torch.manual_seed(0)

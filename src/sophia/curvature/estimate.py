@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sophia.readout import Readout
+
 __all__ = ["Estimate", "Estimator", "MicroBatch", "PassByHand", "PassContext", "take_gradients"]
 
 Diagonals = list[Tensor | None]
@@ -61,6 +63,9 @@ class MicroBatch(Protocol):
 
     def forward(self) -> Any:
         """Run the model on the recorded inputs under the recorded autocast; return what it returns."""
+
+    def forward_with_readouts(self) -> tuple[Any, tuple[Readout | None, ...]]:
+        """``forward()``, and for each output the call of the linear layer that made it, if it can be told."""
 
     def logits(self, output: Any) -> Tensor:
         """Return the output that the likelihood speaks of; of the first head."""

@@ -21,13 +21,21 @@ Source: arXiv 2305.14342v4, Algorithm 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophia.curvature.estimate import Estimate, Estimator, PassByHand, PassContext, take_gradients
-from sophia.likelihoods import Categorical, Heads, Likelihood, heads_of
+from sophia.curvature.estimate import (
+    Estimate,
+    Estimator,
+    MicroBatch,
+    PassByHand,
+    PassContext,
+    take_gradients,
+)
+from sophia.likelihoods import Categorical, Head, Heads, Likelihood, heads_of
 
 __all__ = ["GaussNewtonBartlett"]
 
@@ -49,18 +57,29 @@ class GaussNewtonBartlett(Estimator):
         # Equal on all ranks: a head that counts nothing anywhere is left out everywhere.
         scales = [h.weight**0.5 * n**-0.5 if n else 0.0 for h, n in zip(heads, context.counts, strict=True)]
         for batch in context.micro_batches:
-            outputs, cotangents = [], []
-            for head, output, mask, scale in zip(
-                heads, batch.outputs(batch.forward()), batch.masks, scales, strict=True
-            ):
-                if scale:
-                    generator = batch.generator(head.purpose)
-                    outputs.append(output)
-                    cotangents.append(head.likelihood.sampled_gradient(output, mask, generator, scale=scale))
-            # backward, not autograd.grad: sharded parameters and reentrant checkpointing need it.
-            torch.autograd.backward(outputs, cotangents)
-            del output, outputs, cotangents
+            self._backward(batch, heads, scales)
         return Estimate(_squares(context.sum_over_ranks(take_gradients(context.parameters))), context.count)
+
+    def _backward(self, batch: MicroBatch, heads: Sequence[Head], scales: Sequence[float]) -> None:
+        roots: list[Tensor] = []
+        cotangents: list[Tensor | None] = []
+        returned, readouts = batch.forward_with_readouts()
+        for head, output, readout, mask, scale in zip(
+            heads, batch.outputs(returned), readouts, batch.masks, scales, strict=True
+        ):
+            if not scale:
+                continue
+            likelihood, labels = head.likelihood, batch.generator(head.purpose)
+            if readout is not None and isinstance(likelihood, Categorical) and likelihood.pairs:
+                roots.append(readout.loss(likelihood.contrast(output, mask, labels, scale=scale)))
+                cotangents.append(None)
+            else:
+                roots.append(output)
+                cotangents.append(likelihood.sampled_gradient(output, mask, labels, scale=scale))
+        # The logits go before the backward needs memory. And it is backward, not autograd.grad: sharded
+        # parameters and reentrant checkpointing need it.
+        del returned, output
+        torch.autograd.backward(roots, cotangents)
 
     def by_hand(self, context: PassContext) -> PassByHand:
         """Return the handle with ``sampled_loss(logits, mask)``."""

@@ -9,16 +9,18 @@ the labels: cross-entropy for ``Categorical``, ``BCEWithLogitsLoss`` for ``Berno
 
 likelihood    what one is, to derive your own from
 categorical   classes
+sampling      drawing them, and a gradient told by its few entries
 elementwise   yes or no, real numbers, counts
 heads         several outputs, each with its likelihood and weight
 """
 
 from __future__ import annotations
 
-from sophia.likelihoods.categorical import Categorical, inverse_cdf
+from sophia.likelihoods.categorical import Categorical
 from sophia.likelihoods.elementwise import Bernoulli, Gaussian, Poisson
 from sophia.likelihoods.heads import Head, Heads, heads_of
 from sophia.likelihoods.likelihood import Likelihood
+from sophia.likelihoods.sampling import inverse_cdf
 
 __all__ = [
     "Bernoulli",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sophia.likelihoods.likelihood import Likelihood, at_least_float32
+from sophia.likelihoods.likelihood import Likelihood
+from sophia.likelihoods.sampling import at_least_float32
 
 __all__ = ["Bernoulli", "Gaussian", "Poisson"]
 
