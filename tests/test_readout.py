@@ -82,6 +82,7 @@ HEADS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own
 @pytest.mark.parametrize(("make", "short"), HEADS.values(), ids=HEADS)
 def test_taken_only_where_it_is_the_same(monkeypatch, make, short):
     """Elsewhere x W^T is not the logits, or a hook would make a compiled model compile again; and either way

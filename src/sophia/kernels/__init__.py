@@ -4,6 +4,7 @@ single_tensor   one tensor after another, by the rule itself: any layout, dtype,
 foreach         few passes over lists of dense tensors
 variants        the rules "damped" and "spectral", tensor by tensor
 fused_cpu       one pass, compiled, on a CPU
+fused_cuda      one launch, in Triton, on a GPU; by fused=True alone
 curvature       the average of h
 
 The arithmetic is that of float32, or of float64 where the parameter or its state has it. Half-precision
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia.kernels import foreach, fused_cpu, single_tensor, variants
+from sophia.kernels import foreach, fused_cpu, fused_cuda, single_tensor, variants
 
 __all__ = ["choose"]
 
@@ -42,4 +43,11 @@ def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -
         and fused_cpu.applies(*row)
     ):
         return fused_cpu
+    if (
+        group["fused"]
+        and fused_cuda.applies(*row)
+        and not (isinstance(lr, Tensor) and lr.device != row[0].device)
+        and not fused_cuda.unavailable(row[0].device)
+    ):
+        return fused_cuda
     return foreach if group["foreach"] is not False and foreach.applies(*row) else single_tensor
