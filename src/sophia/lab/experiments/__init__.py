@@ -25,6 +25,7 @@ NAMES: tuple[str, ...] = (
     "half-the-steps",
     "one-line",
     "few-resources",
+    "fraction",
 )
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 
