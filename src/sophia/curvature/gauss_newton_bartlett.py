@@ -16,6 +16,11 @@ The second form is what runs: it needs no factor afterwards, and numbers of the 
 half precision. One draw has a relative standard deviation of about sqrt(2) a coordinate, whatever B: the EMA
 is there to average it.
 
+Any e_b with (1) and (2), drawn independently, will do. For classes it is not the gradient for one label but
+the difference of those for two, divided by sqrt(2) (``likelihoods.Categorical``): the softmax cancels, and
+the backward through the last layer, a quarter of a small language model, is spared (``sophia.readout``). As
+the expectation is the same, so is what is estimated; ``Categorical(pairs=0)`` is the paper's single label.
+
 Source: arXiv 2305.14342v4, Algorithm 2.
 """
 
