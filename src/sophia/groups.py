@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sophia.guards import check_number, check_option
@@ -124,7 +125,7 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
         raise RuntimeError(
             "`fused` and `foreach` cannot be `True` together: leave both at None to let Sophia choose"
         )
-    if group["fused"] and (reason := fused_cpu.unavailable()):
+    if group["fused"] and not torch.cuda.is_available() and (reason := fused_cpu.unavailable()):
         raise RuntimeError(f"fused=True: {reason}. Leave fused=None to let Sophia choose the fastest path")
     if group["differentiable"] and (group["foreach"] or group["fused"]):
         raise RuntimeError(

@@ -20,6 +20,7 @@ NEEDED = ("tyro", "rich", "numpy", "scipy", "tokenizers", "transformers", "matpl
 def commands() -> dict[str, type[Command]]:
     """Every subcommand by name, in the order of the help."""
     from sophia.lab.commands.audit import Audit
+    from sophia.lab.commands.bench import Bench
     from sophia.lab.commands.claims import Claims
     from sophia.lab.commands.compare import Compare
     from sophia.lab.commands.contenders import Contenders
@@ -37,6 +38,7 @@ def commands() -> dict[str, type[Command]]:
         "report": Report,
         "contenders": Contenders,
         "audit": Audit,
+        "bench": Bench,
         "experiment": Experiment,
         "claims": Claims,
         "pretrain": Pretrain,
