@@ -13,7 +13,7 @@ from test_foreach import SETTINGS, SHAPES, check, columns, filled
 
 from reference import array, noise_like
 from sophia import Sophia, SophiaWarning
-from sophia.kernels import choose, foreach, fused_cuda, single_tensor
+from sophia.kernels import choose, foreach, fused_cpu, fused_cuda, single_tensor
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -94,6 +94,19 @@ def test_half_precision_parameters(interpreted, dtype, gradient):
         torch.testing.assert_close(m, n, rtol=2e-6, atol=1e-7)
 
 
+def test_stochastic_rounding_takes_the_foreach_path():
+    """A setting that is ignored on one path: bfloat16 parameters whose small steps are lost."""
+    results = []
+    for kernel in (fused_cuda, foreach):
+        params = [torch.ones(300, dtype=torch.bfloat16)]
+        grads, ms, hs = [torch.ones_like(params[0])], [torch.zeros(300)], [torch.zeros(300)]
+        more = {"keys": [7], "stochastic": True}
+        kernel.step(params, grads, ms, hs, **{**SETTINGS, "lr": 1e-3}, maximize=False, **more)
+        results.append(params[0])
+    assert torch.equal(*results)
+    assert (results[0] != 1).any()
+
+
 def test_types_may_differ_in_a_list(interpreted):
     """A model with one half-precision layer would be read as garbage."""
     params = [torch.ones(70), torch.ones(70, dtype=torch.bfloat16)]
@@ -140,7 +153,8 @@ def test_what_is_chosen_where(monkeypatch):
     assert choose(group(), 0.1, cpu) is not fused_cuda
     monkeypatch.setattr(fused_cuda, "applies", lambda *row: True)
     monkeypatch.setattr(fused_cuda, "_answers", {torch.device("cpu"): None})
-    rows = tuple(torch.ones(3, dtype=torch.float64) for _ in range(4))  # which the CPU's kernel does not take
+    monkeypatch.setattr(fused_cpu, "applies", lambda *row: False)
+    rows = tuple(torch.ones(3) for _ in range(4))
     assert choose(group(), 0.1, rows) is fused_cuda
     assert choose(group(), torch.tensor(0.1), rows) is fused_cuda
     assert choose(group(), torch.ones((), device="meta"), rows) is foreach

@@ -29,6 +29,7 @@ from sophia.lab.config import Setting
 from sophia.lab.experiments import language
 from sophia.lab.experiments.probing import mean_estimate
 from sophia.lab.experiments.progress import Progress
+from sophia.likelihoods import Categorical
 
 __all__ = ["BUCKETS", "allocate", "simpson", "tenths"]
 
@@ -75,7 +76,9 @@ def allocate(
         before = (weights, loss, gradient)
         if step % window == 0 and step < steps:
             _load(probe, weights)
-            h = mean_estimate(GaussNewtonBartlett(), probe, ids, draws=draws, seed=1 + step)
+            h = mean_estimate(
+                GaussNewtonBartlett(Categorical(pairs=0)), probe, ids, draws=draws, seed=1 + step
+            )
             flat = torch.cat([t.reshape(-1) for t in h])
             bucket = tenths(flat)
             curvature += torch.zeros_like(curvature).index_add_(0, bucket, flat)

@@ -17,11 +17,12 @@ from sophia.lab.experiments.experiment import Experiment, Verdict
 from sophia.lab.experiments.probing import estimate, mean_estimate
 from sophia.lab.experiments.progress import Progress
 from sophia.lab.experiments.records import Case, Records, Row
+from sophia.likelihoods import Categorical
 
 __all__ = ["EXPERIMENT", "against"]
 
 ESTIMATORS: Mapping[str, Estimator] = {
-    "Gauss-Newton-Bartlett": GaussNewtonBartlett(),
+    "Gauss-Newton-Bartlett": GaussNewtonBartlett(Categorical(pairs=0)),  # Algorithm 2 to the letter
     "Hutchinson, Gaussian": Hutchinson(distribution="gaussian"),
     "Hutchinson, Rademacher": Hutchinson(),
     "empirical Fisher": EmpiricalFisher(),
