@@ -88,8 +88,9 @@ class LabelsFromLogits(Categorical):
 
     def draw(self, probabilities, uniforms):
         order = probabilities.argsort(-1, descending=True)
-        first = order[:, :1] % 7
-        return order.gather(-1, torch.cat([first, (first + 3) % 7], 1))
+        likely = min(7, order.size(-1))
+        first = order[:, :1] % likely
+        return order.gather(-1, torch.cat([first, (first + 3) % likely], 1))
 
 
 class ForcedLabels(Categorical):

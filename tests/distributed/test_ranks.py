@@ -219,7 +219,7 @@ def noise(layout):
         opt.zero_grad()
         model(x, y)[1].backward()
         opt.step()
-    return [u.tolist() for u in drawn]
+    return [u.flatten().tolist() for u in drawn]
 
 
 @pytest.mark.parametrize(("size", "layout"), [(2, "ddp"), (2, "shards"), (4, "hybrid")])
