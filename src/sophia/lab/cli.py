@@ -25,6 +25,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.compare import Compare
     from sophia.lab.commands.contenders import Contenders
     from sophia.lab.commands.doctor import Doctor
+    from sophia.lab.commands.evaluate import Evaluate
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
@@ -42,6 +43,7 @@ def commands() -> dict[str, type[Command]]:
         "experiment": Experiment,
         "claims": Claims,
         "pretrain": Pretrain,
+        "evaluate": Evaluate,
         "doctor": Doctor,
     }
 

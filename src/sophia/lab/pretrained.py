@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from sophia.lab.errors import UsageError
 from sophia.lab.record import read_json
 from sophia.lab.strict import from_json
 
-__all__ = ["export", "trained"]
+__all__ = ["export", "tokenizer", "trained"]
 
 
 def trained(folder: Path) -> tuple[nn.Module, Run]:
@@ -50,15 +51,28 @@ def export(folder: Path, out: Path) -> Path:
     model, config = trained(folder)
     model.save_pretrained(out)  # type: ignore[operator]
     if config.data.vocabulary == vocabulary.SHA256:
-        from tokenizers.decoders import ByteLevel
-        from transformers import PreTrainedTokenizerFast
-
-        tokenizer = vocabulary.tokenizer()
-        tokenizer.decoder = ByteLevel()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            model_max_length=config.model.context,
-            bos_token=vocabulary.SEPARATOR,  # stands before each document in training
-            eos_token=vocabulary.SEPARATOR,
-        ).save_pretrained(out)
+        tokenizer(config).save_pretrained(out)
     return out
+
+
+def tokenizer(config: Run) -> Any:
+    """The shipped vocabulary as a ``PreTrainedTokenizerFast`` of ``transformers``, for the context of a run.
+
+    Raises ``UsageError`` for a run on tokens of another one.
+    """
+    if config.data.vocabulary != vocabulary.SHA256:
+        raise UsageError(
+            f"The run was trained on tokens of {config.data.vocabulary!r}, and the lab ships another "
+            "vocabulary. Give a folder that AutoTokenizer reads: --tokenizer FOLDER"
+        )
+    from tokenizers.decoders import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = vocabulary.tokenizer()
+    words.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        model_max_length=config.model.context,
+        bos_token=vocabulary.SEPARATOR,  # stands before each document in training
+        eos_token=vocabulary.SEPARATOR,
+    )

@@ -134,6 +134,8 @@ def test_every_experiment_runs_draws_and_judges(name, tmp_path, capsys):
     """An experiment that cannot be run by one command, or whose picture needs more than its records."""
     experiment = experiments.find(name)
     assert experiment.name == name
+    for module, extra in experiment.needs.items():
+        pytest.importorskip(module, reason=f"{name} needs {module}: pip install 'torch-sophia[{extra}]'")
     for field in WORDS:
         assert getattr(experiment, field).strip(), f"{name} does not say its {field}"
     assert all(1 <= number <= 8 for number in experiment.claims)

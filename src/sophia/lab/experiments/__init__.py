@@ -26,6 +26,7 @@ NAMES: tuple[str, ...] = (
     "one-line",
     "few-resources",
     "fraction",
+    "few-shot",
 )
 """All experiments, in the order of the list that ``sophia experiment`` prints."""
 

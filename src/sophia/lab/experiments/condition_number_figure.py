@@ -62,13 +62,13 @@ def _theorem(axes: Any, records: Records) -> None:
     axes.plot(kappas, [row.result["steps"] for row in rows], "-o", ms=3, color=COLOURS["SignGD"])
     axes.plot(kappas, [row.result["bound"] for row in rows], color=COLOURS["SignGD"], alpha=0.35)
     for label, colour, alpha in (
-        ("clipped Newton (o log cosh, s pseudo-Huber)", NEWTON, 1.0),
+        ("clipped Newton (circles log cosh, squares pseudo-Huber)", NEWTON, 1.0),
         ("its bound (log cosh)", NEWTON, 0.35),
         ("SignGD, two dimensions, best step", COLOURS["SignGD"], 1.0),
         ("its lower bound", COLOURS["SignGD"], 0.35),
     ):
         axes.plot([], [], color=colour, alpha=alpha, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="condition number", ylim=(3, None))
+    axes.set(xscale="log", yscale="log", xlabel="condition number", ylim=(3, 4e5))  # the legend on top
     axes.set_title("The theorem: steps from the worst start", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=7.5, loc="upper left")
 

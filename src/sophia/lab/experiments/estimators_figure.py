@@ -57,5 +57,6 @@ def _histogram(axes: Any, records: Records) -> None:
             share, edges, color=colour, lw=1.5, label=f"step {row.case['step']}, loss {r['loss']:.2f}"
         )
     axes.set(xscale="log", xlabel="h", xlim=(1e-13, 1e1))
+    axes.set_axisbelow(True)
     axes.set_title("Positive h of a GPT: share of coordinates", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left")

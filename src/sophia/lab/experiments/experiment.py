@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -65,5 +65,7 @@ class Experiment:
     """The picture, from the records alone, complete or not (a run that was stopped is drawn too)."""
     verdict: Callable[[Records], Verdict]
     """What finished records say."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Modules beyond the lab's without which it cannot run, and the extra that brings each."""
     version: int = 1
     """Raise it when the numbers change: rows of two versions are not mixed."""

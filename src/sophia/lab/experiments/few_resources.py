@@ -154,9 +154,7 @@ EXPERIMENT = Experiment(
         "AdamW and Sophia-G as tuned for the preset quick, 0.7M parameters, 400 steps of 1,024 tokens, "
         "three paired seeds that the tuning did not see, one thread, every connection refused."
     ),
-    expected=(
-        "Minutes, about a gigabyte, no connection; AdamW ahead by less than three seeds can tell."
-    ),
+    expected=("Minutes, about a gigabyte, no connection; AdamW ahead by less than three seeds can tell."),
     runtime="about 4 minutes on one core; quick 5 s",
     figure="Left: validation losses, a line a seed. Right: the paired differences at the end.",
     record="A contender and a seed: end loss, curve, processor seconds, peak memory, connections tried.",
