@@ -43,8 +43,8 @@ def _theorem(axes: Any, records: Records) -> None:
             if steps and phi == "log cosh":
                 axes.annotate(
                     f"d = {d}",
-                    (rows[0].case["kappa"], steps[0]),
-                    xytext=(0, 4),
+                    (rows[-1].case["kappa"], steps[-1]),
+                    xytext=(7, -8),
                     textcoords="offset points",
                     color=NEWTON,
                     fontsize=8,
