@@ -59,7 +59,8 @@ def parameters(size: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.P
 
 def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.optim.Optimizer:
     """Sophia with an h of many orders of magnitude, so that some coordinates are clipped and some are not."""
-    opt = Sophia(parameters(size, dtype), mode="manual", update_every=2**30, **settings)
+    made = torch.nn.ParameterList(parameters(size, dtype))
+    opt = Sophia(made, mode="manual", update_every=2**30, **settings)
     opt.step()
     for state in opt.state.values():
         noise = torch.randn_like(state["hessian"], dtype=torch.float32)
@@ -71,6 +72,7 @@ BF16 = torch.bfloat16
 METHODS = {
     "adamw fused (control)": lambda size: torch.optim.AdamW(parameters(size), fused=True),
     "sophia, default": lambda size: sophia(size),
+    "sophia, rule damped": lambda size: sophia(size, rule="damped"),
     "sophia, bfloat16 m and h": lambda size: sophia(size, state_dtype=BF16),
     "sophia, bfloat16 parameters": lambda size: sophia(size, BF16),
     "sophia, bfloat16 parameters, m and h": lambda size: sophia(
@@ -78,6 +80,7 @@ METHODS = {
     ),
     "sophia, float16 parameters": lambda size: sophia(size, torch.float16),
     "sophia, foreach": lambda size: sophia(size, foreach=True),
+    "sophia, rule damped, foreach": lambda size: sophia(size, rule="damped", foreach=True),
     "sophia, foreach, bfloat16 m and h": lambda size: sophia(size, foreach=True, state_dtype=BF16),
     "sophia, tensor by tensor": lambda size: sophia(size, foreach=False),
     "adamw foreach": lambda size: torch.optim.AdamW(parameters(size), foreach=True),

@@ -35,7 +35,7 @@ already multiplied by it, so that gamma means the same at every batch size and t
 Two rules of our own stand beside the published one, with the same two buffers (``rule=`` of ``Sophia``; what
 they gain is measured in ``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
 
-    damped     theta <- theta - lr s clip(u / max(gamma h, damping rms(u)), 1)
+    damped     theta <- theta - lr s clip(u / max(gamma h, damping rms(u), eps), 1)
     spectral   theta <- theta - lr s D / rms(D),   D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
 
 Damped: a coordinate whose momentum is far below its tensor's is moved by little, as a rare token's embedding
@@ -61,9 +61,13 @@ __all__ = [
     "damped_direction",
     "look_ahead",
     "polar",
+    "rms",
+    "sample",
     "sophia_step",
     "spectral_direction",
 ]
+
+SAMPLED_ABOVE, LINE, EVERY = 2**19, 16, 67  # elements, elements, runs: what rms looks at
 
 
 def average_gradient(m: Tensor, g: Tensor, *, beta1: float) -> Tensor:
@@ -138,7 +142,7 @@ def corrected_gamma(gamma: float, *, betas: tuple[float, float], step: int, refr
 
 
 def damped_direction(u: Tensor, h: Tensor, *, gamma: float, eps: float, damping: float) -> Tensor:
-    """Return ``clip(u / max(gamma h, damping rms(u), eps), 1)``, the rms over the tensor.
+    """Return ``clip(u / max(gamma h, damping rms(u), eps), 1)``.
 
     With ``damping=0`` it is the published direction.
 
@@ -147,8 +151,24 @@ def damped_direction(u: Tensor, h: Tensor, *, gamma: float, eps: float, damping:
     >>> damped_direction(u, h, gamma=0.2, eps=1e-12, damping=0.5)      # rms(u) = 0.7
     tensor([1.0000, 0.0283, 0.5000, 0.0000])
     """
-    floor = (damping * u.square().mean().sqrt()).clamp(min=eps)
+    floor = (damping * rms(u)).clamp(min=eps)
     return (u / torch.maximum(gamma * h, floor)).clamp(-1, 1)
+
+
+def rms(u: Tensor) -> Tensor:
+    """Return the root of the mean square of u, a scalar; of a ``sample`` where u is large."""
+    return sample(u).square().mean().sqrt()
+
+
+def sample(u: Tensor) -> Tensor:
+    """Return what ``rms`` looks at: u, or every 67th run of 16 elements where u has more than 2^19.
+
+    67 is prime, so that the runs meet all columns of a matrix. The sample spares a pass over memory, which
+    would make the step of a large model slower than AdamW's.
+    """
+    if u.numel() <= SAMPLED_ABOVE:
+        return u
+    return u.flatten()[: u.numel() // LINE * LINE].view(-1, LINE)[::EVERY]
 
 
 def spectral_direction(u: Tensor, h: Tensor) -> Tensor:

@@ -71,11 +71,19 @@ def test_autograd_learns_of_the_change():
 
 
 ROW = tuple(torch.zeros(3) for _ in range(4))
+LARGE_TURNED = tuple(torch.zeros(1, 2**21 // 8, 8).mT.expand(4, -1, -1))
 NONE = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
 CHOICES = [
     # settings, lr, tensors, path with the kernel, path without
     ({}, 0.1, ROW, fused_cpu, foreach),
-    ({"rule": "damped"}, 0.1, ROW, variants, variants),
+    ({"rule": "damped"}, 0.1, ROW, fused_cpu, variants),
+    ({"rule": "damped", "fused": False}, 0.1, ROW, variants, variants),
+    ({"rule": "damped", "differentiable": True}, 0.1, ROW, variants, variants),
+    ({"rule": "damped"}, torch.tensor(0.1), ROW, variants, variants),
+    ({"rule": "damped"}, 0.1, tuple(t.expand(2**21) for t in torch.zeros(4, 1)), variants, variants),
+    ({"rule": "damped"}, 0.1, LARGE_TURNED, variants, variants),
+    ({"rule": "spectral"}, 0.1, ROW, fused_cpu, variants),
+    ({"rule": "spectral"}, 0.1, tuple(torch.zeros(4, 3, 3)), variants, variants),
     ({"fused": True}, 0.1, ROW, fused_cpu, foreach),
     ({"fused": False}, 0.1, ROW, foreach, foreach),
     ({"foreach": True}, 0.1, ROW, foreach, foreach),

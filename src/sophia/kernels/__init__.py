@@ -3,7 +3,7 @@
 single_tensor   one tensor after another, by the rule itself: any layout, dtype, tensor lr, differentiable
 foreach         few passes over lists of dense tensors
 variants        the rules "damped" and "spectral", tensor by tensor
-fused_cpu       one pass, compiled, on a CPU
+fused_cpu       one pass, compiled, on a CPU; for the damped rule too
 fused_cuda      one launch, in Triton, on a GPU; by fused=True alone
 curvature       the average of h
 
@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from sophia.kernels import foreach, fused_cpu, fused_cuda, single_tensor, variants
+from sophia.update_rule import SAMPLED_ABOVE
 
 __all__ = ["choose"]
 
@@ -30,10 +31,9 @@ def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -
     As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never
     this path) or None (choose).
     """
-    if group["rule"] != "paper":
-        return variants
-    if group["differentiable"]:
-        return single_tensor
+    published = group["rule"] == "paper"
+    if group["differentiable"] or (group["rule"] == "spectral" and row[0].ndim == 2):
+        return single_tensor if published else variants
     fused_allowed = group["fused"] or (group["fused"] is None and group["foreach"] is None)
     # The compiled loop takes lr by value: a tensor lr that must stay one goes another way.
     if (
@@ -41,8 +41,12 @@ def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -
         and not isinstance(lr, Tensor)
         and not fused_cpu.unavailable()
         and fused_cpu.applies(*row)
+        # rms looks at a sample of a large tensor, in the order of its coordinates
+        and (published or row[0].is_contiguous() or row[0].numel() <= SAMPLED_ABOVE)
     ):
         return fused_cpu
+    if not published:
+        return variants
     if (
         group["fused"]
         and fused_cuda.applies(*row)

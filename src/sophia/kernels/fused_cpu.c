@@ -1,8 +1,10 @@
 /* The Sophia step in one pass over memory of a CPU.
  *
  * The rule is that of update_rule.py in the form of foreach.py:
- *     m <- b1 m + (1 - b1) g;   d = max(gamma h, eps, |m|);   p <- decay p - lr m / d
- * It reads p, g, m, h and writes p, m: six words a parameter, where AdamW moves seven. It is written once, as a macro, for all dtypes.
+ *     m <- b1 m + (1 - b1) g;   d = max(gamma h, floor, |u|);   p <- decay p - lr u / d
+ * where u = m and floor = eps, or, by the damped rule, u looks a step ahead and the floor is relative to its rms.
+ * It reads p, g, m, h and writes p, m: six words a parameter, where AdamW moves seven. It is written once, as a
+ * macro, for all dtypes.
  *
  * The tensors are walked through as one long array; a call does the elements [begin, end) of it, so that
  * threads can share the work whatever the sizes of the tensors are. No dependency, not even on OpenMP: two
@@ -12,6 +14,7 @@
  * its remainder round alike, so the result does not depend on where the work is cut for the threads. (Never
  * with -ffast-math: linking with it makes some compilers switch the whole process to flush-to-zero.)
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -45,7 +48,15 @@ typedef struct {
   double decay; /* 1 - lr weight_decay */
   double gamma;
   double eps;
+  double ahead;   /* factor of the gradient in u = beta1 m + ahead g, or 0 for u = m */
+  double damping; /* of the damped rule: its floor is damping rms(u), at least eps */
 } Settings;
+
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) (void)(address)
+#endif
 
 /* ---- numbers in memory ---- */
 
@@ -117,23 +128,61 @@ INLINE uint32_t noise_of(uint64_t key, uint32_t element) {
 
 /* ---- the rule ---- */
 
+#define LINE 16 /* elements; update_rule.py has it too */
+#define FEW 128 /* runs whose squares are added up before they go into doubles */
+
 /* NAME: of the loop. REAL: type of the arithmetic. WEIGHT and STATE: of p and g, of m and h, in memory.
  * FROM_*: memory to REAL. TO_*: REAL to memory; the second argument is noise, for stochastic rounding. */
 #define SPAN(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
   CLONES static void NAME(WEIGHT *restrict p, const WEIGHT *restrict g, STATE *restrict m,                      \
-                          const STATE *restrict h, int64_t n, uint64_t key, const Settings *settings) {         \
+                          const STATE *restrict h, int64_t n, uint64_t key, double least,                       \
+                          const Settings *settings) {                                                           \
     const REAL b1 = (REAL)settings->beta1, a = (REAL)settings->gradient, lr = (REAL)settings->lr;               \
-    const REAL decay = (REAL)settings->decay, gamma = (REAL)settings->gamma, eps = (REAL)settings->eps;         \
+    const REAL decay = (REAL)settings->decay, gamma = (REAL)settings->gamma, ahead = (REAL)settings->ahead;     \
+    const REAL bottom = (REAL)least;                                                                            \
+    const int looks = settings->ahead != 0; /* the compiler makes a loop for each answer */                     \
     for (int64_t i = 0; i < n; ++i) {                                                                           \
       const uint32_t noise = noise_of(key, (uint32_t)i); /* not computed where it is not used */                \
-      const REAL mi = b1 * FROM_STATE(m[i]) + a * FROM_WEIGHT(g[i]);                                            \
-      const REAL size = mi < 0 ? -mi : mi;                                                                      \
+      const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi;                                   \
+      const REAL u = looks ? b1 * mi + ahead * gi : mi;                                                         \
+      const REAL size = u < 0 ? -u : u;                                                                         \
       REAL d = gamma * FROM_STATE(h[i]);                                                                        \
-      d = d > eps ? d : eps;                                                                                    \
-      d = d > size ? d : size;                                                                                  \
+      d = d > bottom ? d : bottom;                                                                              \
+      d = size > d ? size : d;                                                                                  \
       m[i] = TO_STATE(mi, noise & 0xFFFFu);                                                                     \
-      p[i] = TO_WEIGHT(decay * FROM_WEIGHT(p[i]) - lr * (mi / d), noise >> 16);                                 \
+      p[i] = TO_WEIGHT(decay * FROM_WEIGHT(p[i]) - lr * (u / d), noise >> 16);                                  \
     }                                                                                                           \
+  }                                                                                                             \
+  /* The sum of u^2 before a step, over every `every`-th run of LINE elements; one accumulator for each place in\
+   * a run, so that the sum is the same at every width of vectors. p and h, if given, are fetched for the step. */\
+  CLONES static double NAME##_squares(const WEIGHT *p, const WEIGHT *restrict g, const STATE *restrict m,       \
+                                      const STATE *h, int64_t n, int64_t every, const Settings *settings) {     \
+    const REAL b1 = (REAL)settings->beta1, a = (REAL)settings->gradient, ahead = (REAL)settings->ahead;         \
+    double of_place[LINE] = {0}, sum = 0;                                                                       \
+    REAL some[LINE];                                                                                            \
+    const int64_t runs = n / LINE;                                                                              \
+    for (int64_t first = 0; first < runs; first += FEW * every) { /* doubles for every run would take longer */ \
+      const int64_t last = first + FEW * every < runs ? first + FEW * every : runs;                             \
+      for (int j = 0; j < LINE; ++j) some[j] = 0;                                                               \
+      for (int64_t run = first; run < last; run += every) {                                                     \
+        if (p) {                                                                                                \
+          PREFETCH(p + run * LINE);                                                                             \
+          PREFETCH(h + run * LINE);                                                                             \
+        }                                                                                                       \
+        for (int j = 0; j < LINE; ++j) {                                                                        \
+          const int64_t i = run * LINE + j;                                                                     \
+          const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi, u = b1 * mi + ahead * gi;     \
+          some[j] += u * u;                                                                                     \
+        }                                                                                                       \
+      }                                                                                                         \
+      for (int j = 0; j < LINE; ++j) of_place[j] += (double)some[j];                                            \
+    }                                                                                                           \
+    for (int64_t i = runs * LINE; i < n && every == 1; ++i) {                                                   \
+      const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi, u = b1 * mi + ahead * gi;         \
+      of_place[i - runs * LINE] += (double)u * (double)u;                                                       \
+    }                                                                                                           \
+    for (int j = 0; j < LINE; ++j) sum += of_place[j];                                                          \
+    return sum;                                                                                                 \
   }
 
 /* The dtypes it is there for; fused_cpu.py knows them by their numbers. */
@@ -152,31 +201,61 @@ EACH(SPAN)
 
 /* ---- the walk ---- */
 
+static double squares(int32_t dtypes, const void *p, const void *g, const void *m, const void *h, int64_t n,
+                      int64_t every, const Settings *settings) {
+#define SUM(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                    \
+  case NUMBER:                                                                                                  \
+    return NAME##_squares((const WEIGHT *)p, (const WEIGHT *)g, (const STATE *)m, (const STATE *)h, n, every,   \
+                          settings);
+  switch (dtypes) {
+    EACH(SUM)
+  }
+  return 0;
+}
+
+static double floor_of(double mean_square, const Settings *settings) {
+  const double relative = settings->damping * sqrt(mean_square);
+  return relative < settings->eps ? settings->eps : relative; /* what is no number stays none */
+}
+
 /* What this library and fused_cpu.py must agree on; one higher with each change of it. */
-EXPORT int32_t sophia_version(void) { return 2; }
+EXPORT int32_t sophia_version(void) { return 3; }
 
 /* dtypes: an index into DTYPES of fused_cpu.py. tensors: how many; length[t]: elements of tensor t; p, g, m, h:
- * their addresses; key[t]: of its noise, or NULL where nothing is rounded stochastically. */
+ * their addresses; key[t]: of its noise, or NULL where nothing is rounded stochastically. least[t]: the floor of
+ * its denominators, negative where it is to be found here, or NULL where all have eps. */
 EXPORT void sophia_step(int32_t dtypes, int64_t tensors, const int64_t *length, void *const *p, void *const *g,
-                        void *const *m, void *const *h, const uint64_t *key, int64_t begin, int64_t end,
-                        const Settings *settings) {
+                        void *const *m, void *const *h, const uint64_t *key, const double *least, int64_t begin,
+                        int64_t end, const Settings *settings) {
   int64_t first = 0; /* of tensor t, in the long array */
   for (int64_t t = 0; t < tensors && first < end; first += length[t++]) {
-    const int64_t from = begin > first ? begin - first : 0;
-    const int64_t to = end - first < length[t] ? end - first : length[t];
+    int64_t from = begin > first ? begin - first : 0;
+    int64_t to = end - first < length[t] ? end - first : length[t];
+    double bottom = least ? least[t] : settings->eps;
+    if (bottom < 0) { /* a small tensor: whole, by the thread that has its first element, while in its cache */
+      if (from > 0) continue;
+      to = length[t];
+    }
     if (from >= to) continue;
+    if (bottom < 0) bottom = floor_of(squares(dtypes, p[t], g[t], m[t], h[t], to, 1, settings) / (double)to, settings);
     /* The lower word counts the elements, without a carry into the upper. */
     const uint64_t whole = key ? key[t] : 0;
     const uint64_t here = (whole & 0xFFFFFFFF00000000u) | (uint32_t)(whole + (uint64_t)from);
 #define CASE(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
   case NUMBER:                                                                                                  \
     NAME((WEIGHT *)p[t] + from, (const WEIGHT *)g[t] + from, (STATE *)m[t] + from, (const STATE *)h[t] + from,   \
-         to - from, here, settings);                                                                            \
+         to - from, here, bottom, settings);                                                                    \
     break;
     switch (dtypes) {
       EACH(CASE)
     }
   }
+}
+
+/* For pieces [begin, end) of tensors: sum[i] of the squares of u over n[i] elements, as in SPAN. */
+EXPORT void sophia_squares(int32_t dtypes, const int64_t *n, void *const *g, void *const *m, int64_t every,
+                           double *sum, int64_t begin, int64_t end, const Settings *settings) {
+  for (int64_t i = begin; i < end; ++i) sum[i] = squares(dtypes, NULL, g[i], m[i], NULL, n[i], every, settings);
 }
 
 /* ---- the average of the curvature ---- */

@@ -1,7 +1,7 @@
 """The rules "damped" and "spectral" of ``update_rule.py``, in place, one tensor after another.
 
-Dense tensors under the damped rule are walked through in blocks that stay in a core's cache: once for m and
-the rms of u, once for the step.
+Dense tensors under the damped rule are walked through in blocks that stay in a core's cache: once for the rms
+of u, once for the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from torch._compile import _disable_dynamo as untraced
 from sophia.kernels import foreach
 from sophia.layout import flat
 from sophia.rounding import store
-from sophia.update_rule import average_gradient, damped_direction, look_ahead, spectral_direction
+from sophia.update_rule import (
+    SAMPLED_ABOVE,
+    average_gradient,
+    damped_direction,
+    look_ahead,
+    sample,
+    spectral_direction,
+)
 
 __all__ = ["step"]
 
@@ -82,13 +89,13 @@ def _damped_in_blocks(
     damping: float,
     decay: float,
 ) -> None:
-    squares = 0.0
-    for m, g in _blocks(exp_avg, grad):
+    squares, seen = 0.0, 0
+    for m, g in _blocks(*(sample(t if t.numel() > SAMPLED_ABOVE else flat(t)) for t in (exp_avg, grad))):
+        u = look_ahead(m.lerp(g, 1 - beta1), g, beta1=beta1)
+        squares, seen = squares + float(u.square().sum()), seen + u.numel()
+    floor = max(damping * math.sqrt(squares / max(seen, 1)), eps)
+    for p, g, m, h in _blocks(*map(flat, (param, grad, exp_avg, hessian))):
         m.lerp_(g, 1 - beta1)
-        u = m.lerp(g, 1 - beta1)
-        squares += float(torch.dot(u, u))
-    floor = max(damping * math.sqrt(squares / max(param.numel(), 1)), eps)
-    for p, g, m, h in _blocks(param, grad, exp_avg, hessian):
         u = m.lerp(g, 1 - beta1)
         # For d > 0, clip(u / d, 1) = u / max(d, |u|).
         d = torch.mul(h, gamma).clamp_min_(floor)
@@ -97,4 +104,6 @@ def _damped_in_blocks(
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(torch.split(flat(t), _BLOCK) for t in tensors), strict=True)
+    """Corresponding pieces, cut along the first dimension."""
+    length = max(1, _BLOCK // max(1, tensors[0][:1].numel()))
+    return zip(*(torch.split(t, length) for t in tensors), strict=True)
