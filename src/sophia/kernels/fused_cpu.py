@@ -111,9 +111,10 @@ def step(
     damping: float = 0.0,
     scale: float = 1.0,
 ) -> None:
-    """As ``single_tensor.step``, or as ``variants.step`` by its damped rule where ``rule`` is not "paper". All
-    tensors are of one pair of dtypes, and ``applies`` holds. State in bfloat16 needs ``keys``: this path has no
-    rounding to nearest for it.
+    """As ``single_tensor.step``, or as ``variants.step`` by its damped rule where ``rule`` is not "paper".
+
+    All tensors are of one pair of dtypes, and ``applies`` holds. State in bfloat16 needs ``keys``: this path
+    has no rounding to nearest for it.
     """
     if not params:
         return
