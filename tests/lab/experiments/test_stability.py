@@ -103,6 +103,7 @@ def test_a_seed_climbs_until_it_has_met_its_limit(tmp_path, monkeypatch):
             return {"loss": 2.95 if lost else 2.5, "gradient_clipped": 0.0}
 
     monkeypatch.setattr(stability.Bench, "on_bytes", lambda progress: Planted())
+    monkeypatch.setattr(stability, "RUNGS", 5)
     records = Records(tmp_path)
     stability.run(False, records, stability.Progress())
     per_kind = len(asked) / (len(stability.DEPTHS) * 2 * len(stability.SETTINGS))

@@ -49,7 +49,7 @@ def allocate(
 ) -> dict[str, Any]:
     """Train the small model and allocate the change of its held-out loss to tenths of the coordinates."""
     shape, source = language.shape(quick), language.text(quick)
-    ids, _ = source.held_out(sequences=4 if quick else 16, context=shape.context)
+    ids, _ = source.held_out(sequences=4 if quick else 8, context=shape.context)
     model, probe = (models.gpt2(shape, seed=seed) for _ in range(2))
     change, moved = torch.zeros(2, BUCKETS, dtype=torch.float64)
     curvature = torch.zeros(BUCKETS, dtype=torch.float64)
