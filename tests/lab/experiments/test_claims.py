@@ -52,7 +52,8 @@ def test_a_record_that_is_not_finished_gives_no_verdict(tmp_path):
     records.add({"x": 0}, y=1)
     text = page([EXAMPLE], tmp_path, link="x")
     assert "holds in part" not in text.split("| | claim")[1]
-    assert "*Result.* **not run yet**" in text
+    assert "*Result.* **not finished**: 1 rows so far." in text
+    assert "*Result.* **not run yet**." in page([EXAMPLE], tmp_path / "elsewhere", link="x")
 
 
 def test_a_finished_record_gives_its_verdict_under_each_of_its_claims(tmp_path):

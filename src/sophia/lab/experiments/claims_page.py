@@ -12,14 +12,15 @@ from sophia.lab.experiments.running import folder_of
 
 __all__ = ["page"]
 
-NOT_RUN = "not run yet"
+NOT_RUN, NOT_FINISHED = "not run yet", "not finished"
 TOP = """# The paper, claim by claim
 
 Made by `sophia claims` from the records under `results/experiments`; not written by hand. A verdict is one of
 *holds*, *holds in part*, *not seen at this scale*, *contradicted*, and is computed from the record that it
-stands beside; *not run yet* says that there is no finished record. A verdict is about the scale that is said
-and about nothing larger. Figures of the paper marked "as recalled" were not held to its text. Every
-experiment runs again by its command, and where its record is there it is only drawn again.
+stands beside; *not run yet* says that there is no record, *not finished* that it is not complete and so has
+no verdict. A verdict is about the scale that is said and about nothing larger. Figures of the paper marked
+"as recalled" were not held to its text. Every experiment runs again by its command, and where its record is
+there it is only drawn again.
 """
 
 
@@ -42,7 +43,9 @@ def page(experiments: Sequence[Experiment], records: Path, *, link: str) -> str:
 
 def _state(experiment: Experiment, records: Path) -> str:
     found = Records(folder_of(experiment.name, records))
-    return experiment.verdict(found).word if found.finished else NOT_RUN
+    if found.finished:
+        return experiment.verdict(found).word
+    return NOT_FINISHED if found.rows else NOT_RUN
 
 
 def _section(claim: Claim, experiments: Sequence[Experiment], records: Path, link: str) -> str:
@@ -77,7 +80,8 @@ def _full(experiment: Experiment, records: Path, link: str) -> str:
         f"*Expected before the run.* {experiment.expected}\n",
     ]
     if not found.finished:
-        return "\n".join([*parts, f"*Result.* **{NOT_RUN}**\n"])
+        rows = f": {len(found.rows)} rows so far" if found.rows else ""
+        return "\n".join([*parts, f"*Result.* **{_state(experiment, records)}**{rows}.\n"])
     verdict = experiment.verdict(found)
     parts.append(f"*Result.* {verdict.sentence} **{verdict.word}**\n")
     folder = f"{link}/{experiment.name}"
