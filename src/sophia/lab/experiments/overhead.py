@@ -247,7 +247,8 @@ EXPERIMENT = Experiment(
     runtime="about 2 minutes on one core; quick 3 s",
     figure=(
         "Left: time of a whole step more than AdamW's, refreshes included, medians of rounds turn about; "
-        "middle: operations counted by torch. Hatched: the paper's table as recalled. Right: the numbers, times by the ratios to AdamW's beside them."
+        "middle: operations counted by torch. Hatched: the paper's table as recalled. Right: the numbers; "
+        "times are AdamW's at that size, times the ratios."
     ),
     record=(
         "A contender at a size: its step over AdamW's (median and range over rounds), what a refresh adds in "
