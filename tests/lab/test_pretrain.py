@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sophia.lab import checkpoint, corpus, pretrained, recipe, token_files, tokens, vocabulary
+from sophia.lab import ahead, checkpoint, corpus, pretrained, recipe, token_files, tokens, vocabulary
 from sophia.lab.errors import Stopped, UsageError
 from sophia.lab.record import rows
 from sophia.lab.signals import Request
@@ -99,6 +99,8 @@ def test_two_processes_train_what_one_trains(place, tmp_path, contender, options
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("step 10:") == 1  # one process speaks
+    assert ended.stdout.count("Forecast: ") == 1
+    assert ended.stdout.index("Forecast: ") < ended.stdout.index("step 10:")
     config, ids = planned(place, contender, micro_batches=2 if "2" in options else 1)
     alone = train(config, tmp_path / "alone", ids)
     several = json.loads((out / config.hash / "result.json").read_text())
@@ -172,6 +174,42 @@ def test_token_files_are_read_back_and_named_by_their_content(tmp_path):
     (tmp_path / "a" / "val.bin").write_bytes(b"abc")
     with pytest.raises(UsageError, match=r"val.bin is no file of 16-bit tokens"):
         token_files.read(tmp_path / "a", name="mine", vocabulary="gpt2", size=50)
+
+
+def test_the_time_of_the_rest_is_said_once_from_its_own_steps(place):
+    """Else a run of weeks would begin without a word of it, or count the seconds that fill caches."""
+    run, _ = planned(place, steps=100)
+    now = [0.0]
+    pacer = ahead.Pacer(run, clock=lambda: now[0])
+    said = []
+    for step, seconds in ((40, 500.0), (50, 520.0), (60, 900.0), (100, 1000.0)):  # it went on from 30
+        now[0] = seconds
+        said.append(pacer.row(step))
+    assert said == [
+        None,
+        "Forecast: about 1 min 40 s for the other 50 steps, checkpoints not counted; 2.0 s a step, measured "
+        "over steps 41 to 50.",
+        None,
+        None,
+    ]
+    short = ahead.Pacer(run, clock=lambda: now[0])
+    assert (short.row(90), short.row(100)) == (None, None)  # nothing is left
+
+
+@pytest.mark.parametrize("contender", ["adamw", "sophia-g"])
+def test_the_disk_that_is_foretold_is_what_the_run_leaves(place, tmp_path, contender, monkeypatch):
+    """Else a run of days would end on a full disk that the forecast had room on."""
+    run, ids = planned(place, contender)
+    for save_every in (5, 100):
+        out = tmp_path / str(save_every)
+        foretold = ahead.disk(run, save_every)
+        train(run, out, ids, save_every=save_every, keep=True)
+        files = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        assert foretold == pytest.approx(files, rel=0.1)
+    how = {"devices": 2, "sharded": False, "recompute": False, "save_every": 5}
+    assert "That is more" not in ahead.needs(run, tmp_path / "not" / "there", **how)
+    monkeypatch.setattr(ahead.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "1.0 kB are free. That is more than there is." in ahead.needs(run, tmp_path, **how)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(place, tmp_path):

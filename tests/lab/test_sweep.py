@@ -34,9 +34,10 @@ def loss(run):
 @pytest.fixture
 def machine(monkeypatch):
     """Runs that take no time; ``left`` is after how many of them it is stopped."""
-    state = {"left": math.inf, "done": []}
+    state = {"left": math.inf, "done": [], "rounds": []}
 
     def execute(configs, runs, **options):
+        state["rounds"].append([config.optimizer.contender for config in configs])
         for config in configs:
             if Record(runs, config).result() is not None:
                 continue
@@ -83,6 +84,21 @@ def test_a_search_that_is_stopped_proposes_what_it_would_have_proposed(stops, ma
     machine["left"] = math.inf
     assert do(tmp_path / "stopped") == straight
     assert len(machine["done"]) == len(set(machine["done"])) == len({t.run for t in straight})
+
+
+@pytest.mark.parametrize("stop", [0, 4, 9])
+def test_the_rounds_that_are_forecast_are_those_that_come(stop, machine, tmp_path):
+    """Else the forecast of a sweep would count trials that are done, or let them run side by side."""
+    machine["left"] = stop
+    with pytest.raises(Stopped):
+        do(tmp_path)
+    machine["left"], machine["rounds"] = math.inf, []
+    foreseen = search.rounds(SPACES, RULE, tmp_path)
+    do(tmp_path)
+    assert foreseen == machine["rounds"]
+    assert search.rounds(SPACES, RULE, tmp_path) == []
+    fresh = search.rounds(SPACES, RULE, tmp_path / "fresh")
+    assert fresh == [["adamw", "lion"] * 3, *[["adamw", "lion"]] * 4]
 
 
 def test_points_of_a_space_and_seed_do_not_change(machine, tmp_path):

@@ -27,6 +27,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.evaluate import Evaluate
     from sophia.lab.commands.experiment import Experiment
+    from sophia.lab.commands.plan import Plan
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.report import Report
     from sophia.lab.commands.sweep import Sweep
@@ -45,6 +46,7 @@ def commands() -> dict[str, type[Command]]:
         "pretrain": Pretrain,
         "evaluate": Evaluate,
         "doctor": Doctor,
+        "plan": Plan,
     }
 
 

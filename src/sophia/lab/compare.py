@@ -5,13 +5,14 @@ mathematics elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sophia.lab import corpus, freezing, plan, tokens
+from sophia.lab import corpus, freezing, outlook, plan, tokens
 from sophia.lab.errors import LabError, Stopped, UsageError
 from sophia.lab.files import locked
 from sophia.lab.progress import Display
@@ -19,7 +20,8 @@ from sophia.lab.protocol import Protocol
 from sophia.lab.record import Record
 from sophia.lab.searched import unsearched
 from sophia.lab.strict import to_json
-from sophia.lab.workers import cores, execute
+from sophia.lab.trackers import Trackers
+from sophia.lab.workers import Crew, cores
 
 if TYPE_CHECKING:
     from sophia.lab.statistics import Row, Summary
@@ -35,11 +37,15 @@ def compare(
     workers: int | None = None,
     device: str = "cpu",
     command: str = "sophia compare",
+    trackers: Sequence[str] = (),
+    forecast: bool = False,
     console: Console,
 ) -> Path:
     """Plan, run what has not been run, and report; return the folder. Nothing is written before everything is
-    checked. With ``resume`` it must have been begun.
+    checked; with ``forecast`` nothing is written at all. With ``resume`` it must have been begun.
     """
+    tracked = Trackers(tuple(trackers))
+    tracked.check()
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the runs. Use 1 or more.")
     text = corpus.load(protocol.data)
@@ -53,15 +59,22 @@ def compare(
     }
     started = freezing.check(folder, frozen, what="comparison")
     freezing.begun(folder, started, resume=resume, what="comparison")
-    at_once = workers or (1 if device == "cuda" else cores())
+    at_once = min(workers or (1 if device == "cuda" else cores()), len(planned.runs))
+    if forecast:
+        with Crew(folder / "runs", workers=at_once) as crew:
+            _foresee(folder, planned, crew, at_once, console)
+        return folder
+    tracked = replace(tracked, group=folder.name, folder=folder)
     with locked(folder, what="comparison"):
         freezing.write(folder, frozen)
-        _run(folder, planned, workers=min(at_once, len(planned.runs)), command=command, console=console)
+        _run(folder, planned, workers=at_once, command=command, trackers=tracked, console=console)
         show(folder, console)
     return folder
 
 
-def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, console: Console) -> None:
+def _run(
+    folder: Path, planned: plan.Plan, *, workers: int, command: str, trackers: Trackers, console: Console
+) -> None:
     runs = folder / "runs"
     done = [run.hash for run in planned.runs if Record(runs, run).result() is not None]
     if len(done) == len(planned.runs):
@@ -86,13 +99,31 @@ def _run(folder: Path, planned: plan.Plan, *, workers: int, command: str, consol
     )
     if note := unsearched(to_json(planned.protocol)):
         console.print(note, highlight=False, style="yellow")
+    for line in trackers.words():
+        console.print(line, highlight=False, soft_wrap=True)
     try:
-        with Display(console, planned.runs, done, workers=workers) as display:
-            execute(planned.runs, runs, workers=workers, events=display)
+        with Crew(runs, workers=workers, trackers=trackers) as crew:
+            _foresee(folder, planned, crew, workers, console)
+            with Display(console, planned.runs, done, workers=workers) as display:
+                crew.do(planned.runs, display)
     except Stopped as stopped:
         raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
     except LabError as error:
         raise LabError(f"{error}\nTo try those again: {command}") from None
+
+
+def _foresee(folder: Path, planned: plan.Plan, crew: Crew, workers: int, console: Console) -> None:
+    """Print what the runs that are left will take."""
+    left = outlook.remaining(planned.runs, folder / "runs")
+    if not left:
+        console.print(f"All {len(planned.runs)} runs of {folder} have ended before.", highlight=False)
+        return
+    with console.status("measuring a few steps of each contender"):
+        measured = crew.measure(outlook.probes([each.run for each in left], workers))
+    foreseen = outlook.outlook(
+        [left], outlook.paces(measured), records=folder / "runs", runs=len(planned.runs), workers=workers
+    )
+    console.print(foreseen.sentence, highlight=False)
 
 
 def show(folder: Path, console: Console) -> None:

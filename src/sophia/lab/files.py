@@ -19,7 +19,7 @@ try:
 except ImportError:  # pragma: no cover - Windows has no flock; there two writers are not noticed
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["checked_name", "locked", "sync_folder", "write_atomically", "write_json"]
+__all__ = ["checked_name", "existing", "locked", "sync_folder", "write_atomically", "write_json"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
@@ -110,3 +110,9 @@ def locked(folder: Path, *, what: str) -> Iterator[None]:
                     "Wait for it, or stop it first."
                 ) from None
         yield
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())

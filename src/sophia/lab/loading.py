@@ -21,6 +21,6 @@ def load_class(path: str) -> Callable[..., Any]:
         raise UsageError(f"{error}.") from error
     if not callable(found):
         raise UsageError(
-            f"{path!r} is a {type(found).__name__}, not a class or function that makes an optimizer."
+            f"{path!r} is a {type(found).__name__}, not a class, nor a function that could stand for one."
         )
     return found  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sophia.lab import recipe as recipe_files
 from sophia.lab import token_files
+from sophia.lab.ahead import Pacer, needs
 from sophia.lab.config import Data, Run
 from sophia.lab.errors import Stopped
 from sophia.lab.forecast import forecast, parameters
@@ -19,6 +20,7 @@ from sophia.lab.recipe import Recipe
 from sophia.lab.record import Record
 from sophia.lab.signals import requests
 from sophia.lab.team import assemble
+from sophia.lab.trackers import Trackers
 from sophia.lab.training import Progress, train
 
 if TYPE_CHECKING:
@@ -40,9 +42,12 @@ def pretrain(
     out: Path,
     device: str,
     save_every: int,
+    trackers: Sequence[str] = (),
     console: Console,
 ) -> dict[str, object]:
     """Train, or go on; the first process says how it goes. Every process of a run calls it."""
+    tracked = Trackers(tuple(trackers), group=out.name, folder=out)
+    tracked.check()
     tokens, data = token_files.read(
         folder, name=recipe.tokens, vocabulary=recipe.vocabulary, size=recipe.model.vocabulary
     )
@@ -57,11 +62,26 @@ def pretrain(
                 highlight=False,
                 soft_wrap=True,
             )
+            for line in tracked.words():
+                console.print(line, highlight=False, soft_wrap=True)
+            if Record(out, run).result() is None:
+                said = needs(
+                    run,
+                    out,
+                    devices=team.size,
+                    sharded=layout == "fsdp2",
+                    recompute=recompute,
+                    save_every=save_every,
+                )
+                console.print(said, highlight=False, soft_wrap=True)
+        pacer = Pacer(run)
 
         def report(progress: Progress) -> None:
             if team.rank == 0:
                 share = "" if progress.unclipped is None else f", {progress.unclipped:.1%} unclipped"
                 console.print(f"step {progress.step}: loss {progress.loss:.4f}{share}", highlight=False)
+                if (said := pacer.row(progress.step)) is not None:
+                    console.print(said, highlight=False, soft_wrap=True)
 
         with requests() as stop:
             try:
@@ -75,6 +95,7 @@ def pretrain(
                     team=team,
                     recompute=recompute,
                     keep=True,
+                    trackers=tracked,
                 )
             except Stopped as stopped:
                 raise Stopped(f"{stopped}\nTo go on: the same command", signal=stopped.signal) from None

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sophia.lab import trunks
 from sophia.lab.config import Run
+from sophia.lab.words import duration
 from sophia.lab.workers import Events
 
 __all__ = ["Display"]
@@ -69,7 +70,7 @@ class Display(Events):
         left = "estimating the time left"
         if done > self._began_at:
             seconds = (self._total - done) * (time.monotonic() - self._began) / (done - self._began_at)
-            left = f"{_duration(seconds)} left"
+            left = f"{duration(seconds)} left"
         self._bar.update(self._task, completed=done, description=left)
 
     def ended(self, run: Run, result: dict[str, Any]) -> None:
@@ -111,17 +112,3 @@ class Display(Events):
                 f"{unclipped:.1%}" if unclipped is not None else "",
             )
         return Group(self._bar, table)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in words.
-
-    >>> _duration(42), _duration(185), _duration(7300)
-    ('42 s', '3 min 5 s', '2 h 1 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Record:
         self.config = config
         self.folder = runs / checked_name(config.hash, what="run")
         self.log = self.folder / "log.jsonl"
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def open(self) -> None:
         """Make the folder, or check that the one that is there belongs to this configuration."""
@@ -66,10 +67,13 @@ class Record:
             file.write(json.dumps(what) + "\n")
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row to the log."""
-        line = json.dumps(plain(row), allow_nan=False) + "\n"
+        """Add a row to the log, and tell the listeners."""
+        row = plain(row)
+        line = json.dumps(row, allow_nan=False) + "\n"
         with out_of_space_named(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(line)
+        for listen in self.listeners:
+            listen(row)
 
     def sync(self) -> int:
         """Bring the log to the disk and return its length in bytes, to be kept in a checkpoint."""

@@ -28,9 +28,10 @@ from sophia.lab.config import Run, Setting
 from sophia.lab.record import Record
 from sophia.lab.sections import Search
 from sophia.lab.space import Choice, LogRange, Space
+from sophia.lab.trackers import Trackers
 from sophia.lab.workers import Events, execute
 
-__all__ = ["Trial", "best", "search"]
+__all__ = ["Trial", "best", "rounds", "search"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def search(
     workers: int,
     events: Events,
     save_every: int = 100,
+    trackers: Trackers | None = None,
 ) -> list[Trial]:
     """Do the trials that are missing and return all, in the order contender by contender.
 
@@ -66,10 +68,10 @@ def search(
         workers: runs at a time.
         events: told of progress.
         save_every: steps between two checkpoints of a run.
+        trackers: they get the curves of the runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / "journal.log")))
+    storage = _storage(folder)
     studies = {name: _study(name, space, rule, storage) for name, space in spaces.items()}
     runs = folder / "runs"
     while True:
@@ -83,7 +85,14 @@ def search(
         configs = {(name, trial.number): make_run(name, point) for name, trial, point in asked}
         # The contenders in turn, so that a search that is stopped has treated them alike.
         order = sorted(configs, key=lambda key: (key[1], list(spaces).index(key[0])))
-        execute([configs[key] for key in order], runs, workers=workers, events=events, save_every=save_every)
+        execute(
+            [configs[key] for key in order],
+            runs,
+            workers=workers,
+            events=events,
+            save_every=save_every,
+            trackers=trackers,
+        )
         for name, trial, _ in asked:
             result = Record(runs, configs[name, trial.number]).result()
             assert result is not None, "execute raises for runs without a result"
@@ -94,6 +103,24 @@ def search(
         for name, study in studies.items()
         for t in study.trials[: rule.trials]
     ]
+
+
+def rounds(spaces: Mapping[str, Space], rule: Search, folder: Path) -> list[list[str]]:
+    """The contender of every trial that is left, in the order of the trials; a round begins when the one
+    before has ended.
+    """
+    ended = dict.fromkeys(spaces, 0)
+    if (folder / "journal.log").exists():
+        for study in optuna.get_all_study_summaries(_storage(folder)):
+            trials = optuna.load_study(study_name=study.study_name, storage=_storage(folder)).trials
+            ended[study.study_name] = sum(trial.state.is_finished() for trial in trials)
+    found = []
+    while any(count < rule.trials for count in ended.values()):
+        wanted = {name: _wanted(count, rule) for name, count in ended.items()}
+        most = max(wanted[name] - count for name, count in ended.items())
+        found.append([n for turn in range(most) for n, count in ended.items() if turn < wanted[n] - count])
+        ended = wanted
+    return found
 
 
 def best(trials: Sequence[Trial], contender: str) -> Trial | None:
@@ -140,10 +167,19 @@ def _open(study: optuna.Study, space: Space, rule: Search) -> list[FrozenTrial]:
     """Trials to be done now: begun ones first, then all that are spread, then one at a time."""
     finished = [t for t in study.trials if t.state.is_finished()]
     running = [t for t in study.trials if t.state == TrialState.RUNNING]
-    wanted = min(rule.trials, rule.spread if len(finished) < rule.spread else len(finished) + 1)
-    for _ in range(wanted - len(finished) - len(running)):
+    for _ in range(_wanted(len(finished), rule) - len(finished) - len(running)):
         study.ask(fixed_distributions=_distributions(space))
     return [t for t in study.get_trials() if t.state == TrialState.RUNNING]
+
+
+def _wanted(finished: int, rule: Search) -> int:
+    """How many trials of a contender are finished after the next round."""
+    return min(rule.trials, rule.spread if finished < rule.spread else finished + 1)
+
+
+def _storage(folder: Path) -> JournalStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
 
 
 def _distributions(space: Space) -> dict[str, BaseDistribution]:

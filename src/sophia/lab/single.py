@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sophia.lab import corpus, freezing, tokens, training, vocabulary
-from sophia.lab.config import Data
-from sophia.lab.errors import Stopped
+from sophia.lab import corpus, freezing, outlook, probe, tokens, training, vocabulary
+from sophia.lab.config import Data, Run
+from sophia.lab.errors import LabError, Stopped, UsageError
 from sophia.lab.protocol import Protocol
 from sophia.lab.record import Record
 from sophia.lab.signals import requests
+from sophia.lab.trackers import Trackers
 
 __all__ = ["train_one"]
 
@@ -27,9 +29,15 @@ def train_one(
     resume: bool,
     device: str,
     command: str,
+    trackers: Sequence[str] = (),
+    forecast: bool = False,
     console: Console,
 ) -> None:
-    """Train, show how it goes, and print where the records are."""
+    """Train, show how it goes, and print where the records are; with ``forecast`` only say what that would
+    take.
+    """
+    tracked = Trackers(tuple(trackers), group=out.name, folder=out)
+    tracked.check()
     protocol.check()
     text = corpus.load(protocol.data)
     config = protocol.run(
@@ -43,6 +51,13 @@ def train_one(
     ids.require(config.model.context, f"The text {protocol.data}")
     record = Record(out, config)
     freezing.begun(record.folder, record.folder.exists(), resume=resume, what="run")
+    if forecast:
+        _foresee(config, ids, out, console)
+        return
+    if record.result() is None:
+        for line in tracked.words():
+            console.print(line, highlight=False, soft_wrap=True)
+        _foresee(config, ids, out, console)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -60,7 +75,7 @@ def train_one(
             )
 
         try:
-            result = training.train(config, out, ids, stop=stop, report=report)
+            result = training.train(config, out, ids, stop=stop, report=report, trackers=tracked)
         except Stopped as stopped:
             raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
     if result["status"] == "finished":
@@ -71,3 +86,25 @@ def train_one(
     console.print(
         f"{contender}, {config.steps} steps, seed {seed}: {end}. Records: {record.folder}", highlight=False
     )
+
+
+def _foresee(config: Run, ids: tokens.Tokens, out: Path, console: Console) -> None:
+    """Print what the run, or the rest of it, will take."""
+    left = outlook.remaining([config], out)
+    if not left:
+        console.print(f"{Record(out, config).folder} has ended before.", highlight=False)
+        return
+    pace: probe.Pace | str
+    with requests() as stop, console.status("measuring a few steps"):
+        try:
+            pace = probe.measure(config, ids, stop=stop)
+        except Stopped as stopped:
+            raise Stopped("Stopped before the first step.", signal=stopped.signal) from None
+        except UsageError:
+            raise
+        except LabError as error:
+            pace = str(error)
+    foreseen = outlook.outlook(
+        [left], {config.optimizer.contender: pace}, records=out, runs=1, workers=1, report=False
+    )
+    console.print(foreseen.sentence, highlight=False)

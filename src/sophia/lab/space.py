@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, log
+from math import isfinite, log, sqrt
 from typing import Annotated, Any
 
 from sophia.lab.config import Setting
@@ -32,9 +32,9 @@ class LogRange:
         return f"{self.low:g} to {self.high:g}"
 
     @property
-    def first(self) -> float:
-        """A value of it."""
-        return self.low
+    def middle(self) -> float:
+        """The value in its middle, by the logarithm."""
+        return sqrt(self.low * self.high)
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Choice:
         return " or ".join(str(value) for value in self.values)
 
     @property
-    def first(self) -> Setting:
-        """A value of it."""
-        return self.values[0]
+    def middle(self) -> Setting:
+        """The value in its middle."""
+        return self.values[len(self.values) // 2]
 
     def to_plain(self) -> list[Setting]:
         """As in a file."""

@@ -15,16 +15,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sophia.lab import corpus, freezing, plan, tokens, vocabulary
+from sophia.lab import corpus, freezing, outlook, plan, tokens, vocabulary
 from sophia.lab.config import Data, Run, Setting
 from sophia.lab.errors import LabError, Stopped, UsageError
 from sophia.lab.files import locked, write_atomically
 from sophia.lab.protocol import Protocol
 from sophia.lab.protocol_files import text_of
-from sophia.lab.search import Trial, best, search
+from sophia.lab.search import Trial, best, rounds, search
 from sophia.lab.space import at_edge
 from sophia.lab.strict import to_json
-from sophia.lab.workers import Events, cores
+from sophia.lab.trackers import Trackers
+from sophia.lab.workers import Crew, Events, cores
 
 __all__ = ["sweep"]
 
@@ -37,11 +38,16 @@ def sweep(
     workers: int | None = None,
     device: str = "cpu",
     command: str = "sophia sweep",
+    trackers: Sequence[str] = (),
+    forecast: bool = False,
     console: Console,
 ) -> Path:
     """Do the trials that are missing and write down what came of them; return the folder. Nothing is written
-    before everything is checked. With ``resume`` it must have been begun.
+    before everything is checked; with ``forecast`` nothing is written at all. With ``resume`` it must have
+    been begun.
     """
+    tracked = Trackers(tuple(trackers))
+    tracked.check()
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, and nobody would do the trials. Use 1 or more.")
     protocol.check()
@@ -55,8 +61,8 @@ def sweep(
     def trial(label: str, point: Mapping[str, Setting]) -> Run:
         return protocol.trial(label, point, data=data, device=device)
 
-    for label, space in spaces.items():  # what cannot be planned is said before anything is written
-        trial(label, {name: kind.first for name, kind in space.items()})
+    # What cannot be planned is said before anything is written.
+    typical = {label: trial(label, {n: kind.middle for n, kind in s.items()}) for label, s in spaces.items()}
     frozen = {
         "sweep.json": {
             "hash": named.hash,
@@ -72,22 +78,31 @@ def sweep(
     folder = out or Path("sweeps") / f"{protocol.name}-{text.name}-{named.hash}"
     begun = freezing.check(folder, frozen, what="sweep")
     freezing.begun(folder, begun, resume=resume, what="sweep")
+    total = protocol.search.trials * len(spaces)
+    at_once = min(workers or (1 if device == "cuda" else cores()), total)
+    if forecast:
+        _foresee(typical, rounds(spaces, protocol.search, folder), folder, total, at_once, console)
+        return folder
     with locked(folder, what="sweep"):
         freezing.write(folder, frozen)
-        total = protocol.search.trials * len(spaces)
+        tracked = dataclasses.replace(tracked, group=folder.name, folder=folder)
         console.print(
             f"{protocol.search.trials} trials for each of {', '.join(spaces)} on {text.about}. "
             f"Records: {folder}",
             highlight=False,
         )
+        for line in tracked.words():
+            console.print(line, highlight=False, soft_wrap=True)
         try:
+            _foresee(typical, rounds(spaces, protocol.search, folder), folder, total, at_once, console)
             trials = search(
                 spaces,
                 trial,
                 protocol.search,
                 folder,
-                workers=min(workers or (1 if device == "cuda" else cores()), total),
+                workers=at_once,
                 events=_Lines(console),
+                trackers=tracked,
             )
         except Stopped as stopped:
             raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None
@@ -101,6 +116,29 @@ def sweep(
         soft_wrap=True,
     )
     return folder
+
+
+def _foresee(
+    typical: Mapping[str, Run],
+    left: Sequence[Sequence[str]],
+    folder: Path,
+    total: int,
+    workers: int,
+    console: Console,
+) -> None:
+    """Print what the trials that are left will take, each with settings in the middle of its space."""
+    if not left:
+        console.print(f"All {total} trials of {folder} have ended before.", highlight=False)
+        return
+    names = {name for each in left for name in each}
+    runs = [run for name, run in typical.items() if name in names]
+    with Crew(folder / "runs", workers=workers) as crew, console.status("measuring a few steps of each"):
+        measured = outlook.paces(crew.measure(outlook.probes(runs, workers)))
+    ahead = [[outlook.Remaining(typical[name], step=0) for name in each] for each in left]
+    foreseen = outlook.outlook(
+        ahead, measured, records=folder / "runs", runs=total, workers=workers, report=False
+    )
+    console.print(foreseen.sentence, highlight=False)
 
 
 class _Lines(Events):

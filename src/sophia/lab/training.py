@@ -21,6 +21,7 @@ from sophia.lab.record import Record, Silent
 from sophia.lab.signals import Request
 from sophia.lab.team import Solo
 from sophia.lab.tokens import Tokens, bits_per_byte
+from sophia.lab.trackers import Trackers
 from sophia.lab.trunks import Branch
 
 __all__ = ["Progress", "train"]
@@ -49,6 +50,7 @@ def train(
     recompute: bool = False,
     keep: bool = False,
     branches: Sequence[Branch] = (),
+    trackers: Trackers | None = None,
 ) -> dict[str, Any]:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
 
@@ -56,7 +58,7 @@ def train(
     ``team`` of several processes each of them calls it, on one folder, and the first writes. ``recompute``
     trades the activations of the blocks for a second forward; it changes no number. ``keep`` saves the
     trained model, as the last checkpoint. ``branches`` are planted on the way (see ``sophia.lab.trunks``), by
-    a run of one process.
+    a run of one process. ``trackers`` get the rows of the log.
     """
     team = Solo() if team is None else team
     if branches and team.size > 1:
@@ -69,10 +71,12 @@ def train(
         if (result := record.result()) is None:
             record.open()
             request = Request() if stop is None else stop  # a request that was not made yet is false
-            result = _train(
-                config, record, tokens, save_every, request, report, team, recompute, keep, branches
-            )
-            record.finish(result)
+            trackers = trackers if trackers is not None and team.rank == 0 else Trackers()
+            with trackers.follow(record):
+                result = _train(
+                    config, record, tokens, save_every, request, report, team, recompute, keep, branches
+                )
+                record.finish(result)
     return result
 
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,11 +24,13 @@ from typing import Any
 from sophia.lab import trunks
 from sophia.lab.config import Run
 from sophia.lab.errors import LabError, Stopped
+from sophia.lab.probe import Pace, measure
 from sophia.lab.record import Record
-from sophia.lab.signals import requests
+from sophia.lab.signals import Request, requests
 from sophia.lab.strict import from_json, to_json
+from sophia.lab.trackers import Trackers
 
-__all__ = ["Events", "cores", "execute"]
+__all__ = ["Crew", "Events", "cores", "execute"]
 
 ATTEMPTS = 3
 """A run whose worker dies so often is given up: it is the run that kills it."""
@@ -62,123 +64,179 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def execute(
-    configs: Sequence[Run], runs: Path, *, workers: int, events: Events, save_every: int = 100
-) -> None:
-    """Do all runs, in order, ``workers`` at a time. Their data must be in the cache of tokens.
+class Crew:
+    """Processes that do runs, as many at a time as are asked for; they live as long as the block.
 
-    A run that shares its first part with a longer one waits until that has passed the place where they part.
-
-    Raises ``Stopped`` if a signal asked for it, after every worker has saved its state; ``LabError`` at the
-    end if runs failed, after the others are done.
+    Signals ask every worker to save its state; what is then under way raises ``Stopped``.
     """
-    todo = collections.deque(config for config in configs if Record(runs, config).result() is None)
-    attempts: collections.Counter[str] = collections.Counter()
-    failures: list[str] = []
-    crew: list[_Worker] = []
-    leaving = trunks.branches(configs)
-    trunk_of = {branch.run.hash: trunk for trunk, group in leaving.items() for branch in group}
 
-    def following() -> Run | None:
-        pending = {run.hash for run in (*todo, *(w.run for w in crew)) if run is not None}
-        for run in todo:
-            if trunk_of.get(run.hash) not in pending or trunks.planted(runs, run):
-                return run
-        return None
+    def __init__(
+        self, runs: Path, *, workers: int, save_every: int = 100, trackers: Trackers | None = None
+    ) -> None:
+        self._runs, self._size = runs, workers
+        self._with = (runs, save_every, Trackers() if trackers is None else trackers)
+        self._members: list[_Worker] = []
+        self._told = False
+        self._stop = Request()
+        self._signals = contextlib.ExitStack()
 
-    def kill() -> None:
-        for worker in crew:
-            worker.process.kill()
+    def __enter__(self) -> Crew:
+        self._stop = self._signals.enter_context(requests(at_once=self._kill))
+        return self
 
-    with requests(at_once=kill) as stop:
-        told = False
+    def __exit__(self, *error: object) -> None:
         try:
-            while todo or any(w.run for w in crew):
-                if stop and not told:
-                    told = True
-                    todo.clear()
-                    for worker in crew:
-                        worker.process.terminate()  # it finishes its step and saves
-                while (chosen := following()) and (idle := _idle(crew, workers, runs, save_every)):
-                    todo.remove(chosen)
-                    idle.run = chosen
-                    group = [(to_json(b.run), b.at) for b in leaving.get(chosen.hash, ())]
-                    idle.connection.send((to_json(chosen), group))
-                for ready in wait([w.connection for w in crew if w.run], timeout=0.2):
-                    worker = next(w for w in crew if w.connection is ready)
-                    run = worker.run
-                    assert run is not None, "only workers with a run were waited for"
-                    try:
-                        kind, *values = worker.connection.recv()
-                    except (EOFError, OSError):
-                        crew.remove(worker)
-                        if not stop:
-                            attempts[run.hash] += 1
-                            if attempts[run.hash] < ATTEMPTS:
-                                events.died(run, attempts[run.hash])
-                                todo.appendleft(run)
-                            else:
-                                _fail(
-                                    runs,
-                                    run,
-                                    "its process died, perhaps for lack of memory",
-                                    failures,
-                                    events,
-                                )
-                        continue
-                    if kind == "progress":
-                        events.progress(run, *values)
-                        continue
-                    worker.run = None
-                    if kind == "ended":
-                        events.ended(run, *values)
-                    elif kind == "failed":
-                        _fail(runs, run, values[0], failures, events)
-        finally:
-            for worker in crew:
+            for worker in self._members:
                 worker.connection.close()  # an idle worker ends at this, a busy one at its next report
-            for worker in crew:
+            for worker in self._members:
                 worker.process.join(timeout=30)
                 if worker.process.is_alive():
                     worker.process.kill()
-        if stop:
-            raise Stopped("Stopped; every run under way has saved its state.", signal=stop.signal or 0)
-    if failures:
-        raise LabError("Some runs failed; the others are done.\n" + "\n".join(failures))
+        finally:
+            self._signals.close()
+
+    def measure(self, configs: Sequence[Run]) -> list[tuple[Run, Pace | str]]:
+        """The pace of runs, by a few steps of each that leave nothing; the reason where that failed."""
+        found: list[tuple[Run, Pace | str]] = []
+        todo = list(configs)
+        for run, kind, values in self._done(
+            todo, lambda: todo[0] if todo else None, lambda run: ("measure", to_json(run), [])
+        ):
+            if kind == "measured":
+                found.append((run, values[0]))
+            elif kind in ("failed", "died"):
+                found.append((run, values[0].splitlines()[0]))
+        if self._stop:
+            raise Stopped("Stopped before the first run.", signal=self._stop.signal or 0)
+        return found
+
+    def do(self, configs: Sequence[Run], events: Events) -> None:
+        """Do all runs that have no result, in order. Their data must be in the cache of tokens.
+
+        A run that shares its first part with a longer one waits until that has passed the place where they
+        part.
+
+        Raises ``LabError`` at the end if runs failed, after the others are done.
+        """
+        todo = [config for config in configs if Record(self._runs, config).result() is None]
+        attempts: collections.Counter[str] = collections.Counter()
+        failures: list[str] = []
+        leaving = trunks.branches(configs)
+        trunk_of = {branch.run.hash: trunk for trunk, group in leaving.items() for branch in group}
+
+        def following() -> Run | None:
+            pending = {run.hash for run in (*todo, *(w.run for w in self._members)) if run is not None}
+            for run in todo:
+                if trunk_of.get(run.hash) not in pending or trunks.planted(self._runs, run):
+                    return run
+            return None
+
+        def task(run: Run) -> tuple[Any, ...]:
+            return "run", to_json(run), [(to_json(b.run), b.at) for b in leaving.get(run.hash, ())]
+
+        def fail(run: Run, reason: str) -> None:
+            Record(self._runs, run).attempt(failed=reason)
+            what, *trace = reason.splitlines()  # the whole of it stands in the record
+            where = f" (all of it: {run.hash}/attempts.jsonl)" if trace else ""
+            failures.append(f"{run.optimizer.contender}, {run.steps} steps, seed {run.seed}: {what}{where}")
+            events.failed(run, reason)
+
+        for run, kind, values in self._done(todo, following, task):
+            if kind == "progress":
+                events.progress(run, *values)
+            elif kind == "ended":
+                events.ended(run, *values)
+            elif kind == "failed":
+                fail(run, values[0])
+            elif kind == "died" and not self._stop:
+                attempts[run.hash] += 1
+                if attempts[run.hash] < ATTEMPTS:
+                    events.died(run, attempts[run.hash])
+                    todo.insert(0, run)
+                else:
+                    fail(run, values[0])
+        if self._stop:
+            raise Stopped("Stopped; every run under way has saved its state.", signal=self._stop.signal or 0)
+        if failures:
+            raise LabError("Some runs failed; the others are done.\n" + "\n".join(failures))
+
+    def _done(
+        self,
+        todo: list[Run],
+        following: Callable[[], Run | None],
+        task: Callable[[Run], tuple[Any, ...]],
+    ) -> Iterator[tuple[Run, str, list[Any]]]:
+        """Hand out runs until there is none, and give what comes back; whoever listens may add to them.
+        ``following`` chooses the next of ``todo``, None if all of them have to wait; ``task`` is its message.
+        """
+        while todo or any(w.run for w in self._members):
+            if self._stop and not self._told:
+                self._told = True
+                todo.clear()
+                for worker in self._members:
+                    worker.process.terminate()  # it finishes its step and saves
+            while (chosen := following()) and (idle := self._idle()):
+                todo.remove(chosen)
+                idle.run = chosen
+                idle.connection.send(task(chosen))
+            for ready in wait([w.connection for w in self._members if w.run], timeout=0.2):
+                worker = next(w for w in self._members if w.connection is ready)
+                run = worker.run
+                assert run is not None, "only workers with a run were waited for"
+                try:
+                    kind, *values = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._members.remove(worker)
+                    yield run, "died", ["its process died, perhaps for lack of memory"]
+                    continue
+                if kind != "progress":
+                    worker.run = None
+                yield run, kind, values
+
+    def _idle(self) -> _Worker | None:
+        for worker in self._members:
+            if worker.run is None and worker.process.is_alive():
+                return worker
+        self._members[:] = [w for w in self._members if w.run is not None]
+        if len(self._members) >= self._size:
+            return None
+        context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads may hang
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs, *self._with), daemon=True)
+        before = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # inherited: Ctrl-C reaches the whole group, we pass it on
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        theirs.close()
+        self._members.append(_Worker(process, ours))
+        return self._members[-1]
+
+    def _kill(self) -> None:
+        for worker in self._members:
+            worker.process.kill()
 
 
-def _idle(crew: list[_Worker], workers: int, runs: Path, save_every: int) -> _Worker | None:
-    for worker in crew:
-        if worker.run is None and worker.process.is_alive():
-            return worker
-    crew[:] = [w for w in crew if w.run is not None]
-    if len(crew) >= workers:
-        return None
-    context = multiprocessing.get_context("spawn")  # a forked copy of torch's threads may hang
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, runs, save_every), daemon=True)
-    before = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # inherited: Ctrl-C reaches the whole group, we pass it on
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    theirs.close()
-    crew.append(_Worker(process, ours))
-    return crew[-1]
+def execute(
+    configs: Sequence[Run],
+    runs: Path,
+    *,
+    workers: int,
+    events: Events,
+    save_every: int = 100,
+    trackers: Trackers | None = None,
+) -> None:
+    """Do all runs with a crew of their own; see `Crew.do`."""
+    with Crew(runs, workers=workers, save_every=save_every, trackers=trackers) as crew:
+        crew.do(configs, events)
 
 
-def _fail(runs: Path, run: Run, reason: str, failures: list[str], events: Events) -> None:
-    Record(runs, run).attempt(failed=reason)
-    what, *trace = reason.splitlines()  # the whole of it stands in the record
-    where = f" (all of it: {run.hash}/attempts.jsonl)" if trace else ""
-    failures.append(f"{run.optimizer.contender}, {run.steps} steps, seed {run.seed}: {what}{where}")
-    events.failed(run, reason)
-
-
-def _work(connection: Connection, runs: Path, save_every: int) -> None:
-    """The life of a worker: receive a run, do it, say how it ended; until nobody listens any more."""
+def _work(connection: Connection, runs: Path, save_every: int, trackers: Trackers) -> None:
+    """The life of a worker: receive a run, do it or measure its pace, say how that ended; until nobody
+    listens any more.
+    """
     from sophia.lab.tokens import open_cached
     from sophia.lab.training import Progress, train
 
@@ -197,7 +255,7 @@ def _work(connection: Connection, runs: Path, save_every: int) -> None:
 
         while not stop:
             try:
-                planned, group = connection.recv()
+                task, planned, group = connection.recv()
                 run = from_json(Run, planned)
                 branches = [trunks.Branch(from_json(Run, config), at) for config, at in group]
             except (EOFError, OSError):
@@ -206,8 +264,18 @@ def _work(connection: Connection, runs: Path, save_every: int) -> None:
                 tokens = open_cached(run.data.text)
                 if tokens is None:
                     raise LabError("the encoded text is gone from the cache; give the same command again")
+                if task == "measure":
+                    send("measured", measure(run, tokens, stop=stop))
+                    continue
                 result = train(
-                    run, runs, tokens, save_every=save_every, stop=stop, report=report, branches=branches
+                    run,
+                    runs,
+                    tokens,
+                    save_every=save_every,
+                    stop=stop,
+                    report=report,
+                    branches=branches,
+                    trackers=trackers,
                 )
                 send("ended", result)
             except Stopped:

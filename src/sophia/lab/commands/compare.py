@@ -41,6 +41,12 @@ class Compare(ProtocolChoice):
     """
     device: str = "cpu"
     """cpu or cuda."""
+    tracker: tuple[str, ...] = ()
+    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
+    module:Class of your own. May be repeated.
+    """
+    forecast: bool = False
+    """Only say how long it will take and how much disk, from a few steps of each contender; write nothing."""
 
     def run(self, command: str) -> int:
         """Compare, and print the verdict."""
@@ -66,6 +72,8 @@ class Compare(ProtocolChoice):
             resume=self.resume,
             workers=self.workers,
             device=self.device,
+            trackers=self.tracker,
+            forecast=self.forecast,
             command=command,
             console=Console(),
         )

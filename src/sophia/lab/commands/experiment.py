@@ -59,7 +59,11 @@ class Experiment:
         if self.redraw:
             records = Records(running.folder_of(experiment.name, self.out, quick=self.quick))
         else:
-            console.print(f"Expected: {experiment.expected}", highlight=False)
+            console.print(
+                f"Takes: {experiment.runtime}; less than a megabyte of records.\n"
+                f"Expected: {experiment.expected}",
+                highlight=False,
+            )
             with requests() as stop, Bar(console, experiment.name, stop) as bar:
                 try:
                     records = running.run(experiment, self.out, bar, quick=self.quick)

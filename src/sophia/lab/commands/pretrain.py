@@ -44,6 +44,10 @@ class Pretrain:
     """Steps between two checkpoints."""
     device: str = "cuda"
     """cpu or cuda."""
+    tracker: tuple[str, ...] = ()
+    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
+    module:Class of your own. May be repeated.
+    """
     devices: int = 1
     """For --forecast: devices that share the work."""
 
@@ -77,6 +81,7 @@ class Pretrain:
             recompute=self.recompute,
             out=self.out,
             device=self.device,
+            trackers=self.tracker,
             save_every=self.save_every,
             console=Console(),
         )

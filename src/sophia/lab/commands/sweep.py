@@ -32,6 +32,12 @@ class Sweep(ProtocolChoice):
     """Trials at a time; as many as there are cores unless given."""
     device: str = "cpu"
     """cpu or cuda."""
+    tracker: tuple[str, ...] = ()
+    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
+    module:Class of your own. May be repeated.
+    """
+    forecast: bool = False
+    """Only say how long it will take and how much disk, from a few steps of each contender; write nothing."""
 
     def run(self, command: str) -> int:
         """Do the trials, and print the winners."""
@@ -55,6 +61,8 @@ class Sweep(ProtocolChoice):
             resume=self.resume,
             workers=self.workers,
             device=self.device,
+            trackers=self.tracker,
+            forecast=self.forecast,
             command=command,
             console=Console(),
         )

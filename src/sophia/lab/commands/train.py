@@ -30,6 +30,12 @@ class Train(ProtocolChoice):
     """Refuse to begin a new one; a run that was begun goes on with or without this."""
     device: str = "cpu"
     """cpu or cuda."""
+    tracker: tuple[str, ...] = ()
+    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
+    module:Class of your own. May be repeated.
+    """
+    forecast: bool = False
+    """Only say how long it will take and how much disk, from a few steps; write nothing."""
 
     def run(self, command: str) -> int:
         """Train, and print how it ended."""
@@ -51,6 +57,8 @@ class Train(ProtocolChoice):
             out=self.out,
             resume=self.resume,
             device=self.device,
+            trackers=self.tracker,
+            forecast=self.forecast,
             command=command,
             console=Console(),
         )
