@@ -33,7 +33,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
         {},
         [(update_rule, "_whitening", torch.ones_like)],
     ),
-    "no orthogonalisation": ("sophia-spectral", {}, [(update_rule, "polar", lambda x: x)]),
+    "no orthogonalisation": ("sophia-spectral", {}, [(variants, "polar_of", lambda x: x)]),
     "no h outside the matrices": ("sophia-spectral", {"gamma": 1e-9}, []),
     "no damping": ("sophia-spectral", {"damping": 0.0}, []),
     "no look-ahead": ("sophia-spectral", {}, [(variants, "look_ahead", lambda m, g, beta1: m)]),

@@ -60,12 +60,33 @@ def parameters(size: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.P
 def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.optim.Optimizer:
     """Sophia with an h of many orders of magnitude, so that some coordinates are clipped and some are not."""
     made = torch.nn.ParameterList(parameters(size, dtype))
-    opt = Sophia(made, mode="manual", update_every=2**30, **settings)
+    return with_curvature(Sophia(made, mode="manual", update_every=2**30, **settings))
+
+
+def with_curvature(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """After a step, with such an h."""
     opt.step()
     for state in opt.state.values():
         noise = torch.randn_like(state["hessian"], dtype=torch.float32)
         state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
     return opt
+
+
+def own_rule(size: str, rule: str) -> torch.optim.Optimizer:
+    """One of our own rules: hidden matrices by it, the two tables and all vectors by the damped one."""
+    made = parameters(size)
+    hidden = [p for p in made[2:] if p.ndim == 2]
+    rest = [p for p in made if not any(p is q for q in hidden)]
+    groups = [{"params": hidden, "rule": rule, "scale": 0.2}, {"params": rest, "rule": "damped"}]
+    opt = Sophia(groups, betas=(0.9, 0.9), gamma=0.2, mode="manual", update_every=2**30)
+    return with_curvature(opt)
+
+
+def muon(size: str) -> torch.optim.Optimizer:
+    """Torch's Muon, which multiplies in bfloat16, for the hidden matrices alone: there is no step of the rest
+    in it.
+    """
+    return torch.optim.Muon([p for p in parameters(size)[2:] if p.ndim == 2])
 
 
 BF16 = torch.bfloat16
@@ -83,6 +104,8 @@ METHODS = {
     "sophia, rule damped, foreach": lambda size: sophia(size, rule="damped", foreach=True),
     "sophia, foreach, bfloat16 m and h": lambda size: sophia(size, foreach=True, state_dtype=BF16),
     "sophia, tensor by tensor": lambda size: sophia(size, foreach=False),
+    "sophia, spectral rule": lambda size: own_rule(size, "spectral"),
+    "torch muon, hidden matrices alone": muon,
     "adamw foreach": lambda size: torch.optim.AdamW(parameters(size), foreach=True),
     "adamw for-loop": lambda size: torch.optim.AdamW(parameters(size), foreach=False, fused=False),
 }

@@ -49,11 +49,13 @@ In both, m and h are corrected for their start at zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "NEWTON_SCHULZ",
     "average_curvature",
     "average_gradient",
     "clipped_direction",
@@ -68,6 +70,12 @@ __all__ = [
 ]
 
 SAMPLED_ABOVE, LINE, EVERY = 2**19, 16, 67  # elements, elements, runs: what rms looks at
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""a, b, c of ``X <- (a + b X X^T + c (X X^T)^2) X``, which Jordan et al. (Muon, 2024) chose for fast growth
+of small singular values.
+"""
 
 
 def average_gradient(m: Tensor, g: Tensor, *, beta1: float) -> Tensor:
@@ -171,7 +179,7 @@ def sample(u: Tensor) -> Tensor:
     return u.flatten()[: u.numel() // LINE * LINE].view(-1, LINE)[::EVERY]
 
 
-def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
+def spectral_direction(u: Tensor, h: Tensor, *, polar_of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by the curvature.
 
     The steepest descent of u among steps D with ``|| R^1/4 D C^1/4 || <= 1`` in the spectral norm, R and C
@@ -181,9 +189,10 @@ def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
     Args:
         u: the momentum, (a, b).
         h: the curvature, (a, b); entries below zero count through the means alone.
+        polar_of: a faster way to the same as ``polar``.
     """
     rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
-    d = rows * polar(rows * u * columns) * columns
+    d = rows * (polar_of or polar)(rows * u * columns) * columns
     size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
     return torch.div(d * math.sqrt(d.numel()), size)
 
@@ -191,15 +200,15 @@ def spectral_direction(u: Tensor, h: Tensor) -> Tensor:
 def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
     """Return a matrix with the singular vectors of x and all singular values near 1 (0.7 to 1.2).
 
-    Newton-Schulz iteration with the quintic that Jordan et al. (Muon, 2024) chose for fast growth of small
-    singular values; ``iterations`` products of x with itself instead of a decomposition.
+    Newton-Schulz iteration with the quintic ``NEWTON_SCHULZ``; ``iterations`` products of x with itself
+    instead of a decomposition.
 
     >>> import torch
     >>> x = torch.diag(torch.tensor([3.0, -1.0]))
     >>> (polar(x).diagonal().abs() - 1).abs().max() < 0.35
     tensor(True)
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = NEWTON_SCHULZ
     turned = x.size(0) > x.size(1)
     x = x.T if turned else x
     x = x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)

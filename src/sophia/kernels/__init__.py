@@ -3,6 +3,7 @@
 single_tensor   one tensor after another, by the rule itself: any layout, dtype, tensor lr, differentiable
 foreach         few passes over lists of dense tensors
 variants        the rules "damped" and "spectral", tensor by tensor
+short_side      the polar factor of the spectral rule with fewer products
 fused_cpu       one pass, compiled, on a CPU; for the damped rule too
 fused_cuda      one launch, in Triton, on a GPU; by fused=True alone
 curvature       the average of h

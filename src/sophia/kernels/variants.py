@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced
 
 from sophia.kernels import foreach
+from sophia.kernels.short_side import polar_of
 from sophia.layout import flat
 from sophia.rounding import store
 from sophia.update_rule import (
@@ -67,7 +68,8 @@ def step(
         m = average_gradient(exp_avg.to(wide), g, beta1=beta1)
         u, h = look_ahead(m, g, beta1=beta1), hessian.to(wide)
         if spectral:
-            direction = spectral_direction(u, h)
+            # A graph through the step takes the plain way.
+            direction = spectral_direction(u, h, polar_of=None if torch.is_grad_enabled() else polar_of)
         else:
             direction = damped_direction(u, h, gamma=gamma, eps=eps, damping=damping)
         theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before it is stored

@@ -193,6 +193,8 @@ METHODS: Mapping[str, Method] = {
     "sophia": Method(_sophia()),
     "sophia, fraction 1/2": Method(_sophia(fraction=0.5)),
     "sophia, foreach": Method(_sophia(foreach=True)),
+    "sophia, damped": Method(_sophia(rule="damped")),
+    "sophia, spectral": Method(_sophia(rule="spectral")),
     "sophia, Hutchinson": Method(_sophia(estimator="hutchinson")),
     "official rule": Method(
         lambda problem: _Official(problem, OfficialRule(problem.model.parameters(), lr=LR))
