@@ -53,6 +53,19 @@ def test_names_survive_and_it_trains():
     assert opt.stats()["refreshes"] == 1
 
 
+def test_our_own_rules_take_the_lr_as_it_is():
+    """Measured: at AdamW's lr they are ahead of it untuned. An lr_ratio that was given still counts."""
+    model = GPT(layers=1)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for rule in ("damped", "spectral"):
+        opt = Sophia.from_adamw(adamw, model, rule=rule)
+        assert {(g["lr"], g["weight_decay"], g["betas"]) for g in opt.param_groups} == {(1e-2, 0.1, (0.9, 0.9))}
+        assert {g["rule"] for g in opt.param_groups} == {rule, "damped"}
+        halved = Sophia.from_adamw({"lr": 1e-2, "weight_decay": 0.1}, model, rule=rule, lr_ratio=0.5)
+        assert {g["lr"] for g in halved.param_groups} == {5e-3}
+    assert Sophia.from_adamw(adamw, model, rule="paper").param_groups[0]["lr"] == 5e-3
+
+
 REFUSED = [
     ({"weight_decay": 0.1}, {}, "got a mapping without 'lr'"),
     ("adamw", {}, "got str: it has no parameter groups"),

@@ -430,12 +430,24 @@ def test_unclipped_is_the_share_below_the_curvature():
     assert (stats["unclipped"], stats["eps_limited"], stats["h_zero"]) == (0.25, 0.5, 0.25)
 
 
+def test_own_rule_is_the_share_of_coordinates_that_the_published_rule_does_not_move():
+    """By it advice knows when the range of the unclipped share says nothing."""
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(12))]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "rule": "damped"}]
+    assert Sophia(groups, mode="manual").stats()["own_rule"] == 0.75
+    assert Sophia(weights, mode="manual").stats()["own_rule"] == 0.0
+
+
 ADVICE = [
     ({"refreshes": 0}, "never refreshed"),
     ({"skipped": 30}, "most Hessian passes were skipped"),
     ({"eps_limited": 0.7}, "eps decides most steps"),
     ({"unclipped": 0.8}, "lower gamma"),
     ({"unclipped": 0.01}, "raise gamma"),
+    ({"unclipped": 0.01}, "rule='damped'"),
+    ({"unclipped": 0.01, "own_rule": 1.0}, ""),
+    ({"eps_limited": 0.9, "own_rule": 1.0}, ""),
+    ({"refreshes": 0.0, "own_rule": 1.0}, "never refreshed"),
     ({}, ""),
 ]
 

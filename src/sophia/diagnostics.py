@@ -74,7 +74,8 @@ def _evenly_spaced(hs: Sequence[Tensor], size: int) -> Tensor:
 def advice(stats: Mapping[str, float]) -> str:
     """One line: what the numbers of ``stats()`` suggest to do, "" if nothing.
 
-    The range 0.1-0.5 for the unclipped share is the official repository's rule for choosing gamma.
+    The range 0.1-0.5 for the unclipped share is the official repository's rule for choosing gamma; for rules
+    of our own no share is too large or too small.
 
     >>> advice({"refreshes": 12, "skipped": 0, "unclipped": 0.72, "eps_limited": 0.0, "age": 3})
     'unclipped 0.72 > 0.5: close to a plain Newton step; lower gamma (halve it) or raise lr'
@@ -83,6 +84,8 @@ def advice(stats: Mapping[str, float]) -> str:
         return "h was never refreshed: this is sign momentum, not Sophia"
     if stats["skipped"] > stats["refreshes"]:
         return "most Hessian passes were skipped: look for overflow (fp16?) or fully masked batches"
+    if stats.get("own_rule", 0.0) > 0.5:
+        return ""  # the floor of the damped rule and the polar factor decide most steps there, by design
     if stats["eps_limited"] > 0.5:
         return (
             f"eps_limited {stats['eps_limited']:.2f} > 0.5: eps decides most steps; lower eps or raise gamma"
@@ -92,5 +95,8 @@ def advice(stats: Mapping[str, float]) -> str:
         return f"{share}: close to a plain Newton step; lower gamma (halve it) or raise lr"
     if stats["unclipped"] < 0.1:
         share = f"unclipped {stats['unclipped']:.2f} < 0.1"
-        return f"{share}: close to sign momentum; raise gamma (double it), or wait: h still grows early on"
+        return (
+            f"{share}: close to sign momentum; raise gamma (double it), or wait: h still grows early on. At a "
+            "few thousand tokens a step m is mostly noise, which rule='damped' and 'spectral' mind less"
+        )
     return ""

@@ -215,29 +215,36 @@ class Sophia(torch.optim.Optimizer):
         source: torch.optim.Optimizer | Mapping[str, Any],
         model: nn.Module,
         *,
-        lr_ratio: float = 0.5,
+        lr_ratio: float | None = None,
         **settings: Any,
     ) -> Sophia:
         """Sophia in place of an AdamW that you have tuned: lr times ``lr_ratio``, weight decay divided by it.
 
         The product lr * weight_decay, which is what decays the weights, stays the same. Half of AdamW's tuned
-        lr is where sweeps of 130M to 520M models found Sophia's (arXiv 2509.02046; there with twice AdamW's
-        warm-up); batches of a few thousand tokens may want a third. AdamW's betas and eps mean something else
-        and are not taken over, and neither is its state.
+        lr is where sweeps of 130M to 520M models found the published rule's (arXiv 2509.02046; there with
+        twice AdamW's warm-up); batches of a few thousand tokens may want a third. ``rule="damped"`` and
+        ``rule="spectral"`` take AdamW's lr as it is: so they were ahead of the AdamW itself without a search,
+        and a search went up from there (docs/research.md). AdamW's betas and eps mean something else and are
+        not taken over, and neither is its state.
 
         Args:
             source: the optimizer, whose groups are kept, or its arguments
                 (``{"lr": ..., "weight_decay": ...}``).
             model: the module that is called in the loop.
-            lr_ratio: Sophia's lr over AdamW's.
-            **settings: any other argument of ``Sophia``.
+            lr_ratio: Sophia's lr over AdamW's. None: 0.5 for the published rule, 1 for the other two.
+            **settings: any other argument of ``Sophia``, ``rule`` among them.
 
         >>> model = nn.Linear(3, 4)
         >>> adamw = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
         >>> group = Sophia.from_adamw(adamw, model).param_groups[0]
         >>> group["lr"], group["weight_decay"]
         (0.0003, 0.2)
+        >>> group = Sophia.from_adamw(adamw, model, rule="damped").param_groups[0]
+        >>> group["lr"], group["weight_decay"]
+        (0.0006, 0.1)
         """
+        if lr_ratio is None:
+            lr_ratio = 0.5 if settings.get("rule", "paper") == "paper" else 1.0
         groups, defaults = translated_from_adamw(source, lr_ratio)
         if groups is None:
             return cls(model, **{**defaults, **settings})
@@ -516,7 +523,8 @@ class Sophia(torch.optim.Optimizer):
         done on one rank.
 
         ``unclipped`` (|m| < gamma h), ``eps_limited`` (gamma h <= eps) and ``h_zero`` are shares of the
-        coordinates; ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
+        coordinates, whatever the rule, and ``own_rule`` the share that is not moved by the published one;
+        ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
         pass; ``age`` the steps taken since h was renewed (all steps, if it never was); ``refreshes`` and
         ``skipped`` count passes. ``sophia.diagnostics.advice`` turns them into a sentence.
         """
@@ -537,8 +545,13 @@ class Sophia(torch.optim.Optimizer):
             for g, states in held
         ]
         books = self.param_groups[0]
+        own, every = (
+            sum(p.numel() for g in self.param_groups for p in g["params"] if g["rule"] not in rules)
+            for rules in (("paper",), ())
+        )
         return {
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
+            "own_rule": own / every if every else 0.0,
             "B": float(books["counted"]),
             "age": float(books["step"] - max(books["refreshed"], 0)),
             "refreshes": float(books["refreshes"]),
