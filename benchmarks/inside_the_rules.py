@@ -178,7 +178,8 @@ def draw(record: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     steps = [r for r in rows if r["kind"] == "step"]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    words = {"adamw": "AdamW", "sophia-g": "published", "sophia-damped": "damped", "sophia-spectral": "spectral"}
+    titles = ("AdamW", "published", "damped", "spectral")
+    words = dict(zip(CONTENDERS, titles, strict=True))
     colours = dict(zip(CONTENDERS, ("#777777", "#d1495b", "#2e86ab", "#3a7d44"), strict=True))
     bars = [
         (c, k)
@@ -201,7 +202,8 @@ def draw(record: Path, picture: Path) -> None:
         ax.barh(names, values, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, values, strict=True)]
     ax.invert_yaxis()
-    ax.set(title="Who decides the step of a coordinate (mean over the run)", xlabel="share of coordinates", xlim=(0, 1))
+    ax.set(title="Who decides the step of a coordinate (mean over the run)", xlabel="share of coordinates")
+    ax.set_xlim(0, 1)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8)
 
     ax = axes[0][1]
@@ -217,7 +219,7 @@ def draw(record: Path, picture: Path) -> None:
         ax.plot([r["step"] for r in mine], [r["absent"] for r in mine], color=colours[c], label=words[c])
     ax.axhline(1, color="#bbbbbb", lw=0.8)
     ax.set(
-        title="Rows of tokens not seen for ten steps: part of the squared\nstep over part of the rows (1: no difference)",
+        title="Rows of tokens not seen for ten steps: part of the\nsquared step over part of the rows (1: no difference)",
         xlabel="steps",
         yscale="log",
     )
@@ -232,7 +234,8 @@ def draw(record: Path, picture: Path) -> None:
             values = [(k, v) for k, v in r["scale"].items() if v]
             ax.scatter([k for k, _ in values], [v for _, v in values], s=size, color=colours[c], alpha=0.6)
     ax.axhline(1024, color="#777777", lw=0.8, ls=":")
-    ax.text(len(kinds) - 0.55, 1024, "a batch", va="bottom", ha="right", fontsize=8)
+    ax.text(-0.45, 1100, "one batch", va="bottom", ha="left", fontsize=8)
+    ax.set_xlim(-0.5, len(kinds) - 0.5)
     ax.set(title="Noise scale in tokens; larger dots: later in the run", yscale="log")
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
