@@ -96,7 +96,7 @@ def advice(stats: Mapping[str, float]) -> str:
     if stats["unclipped"] < 0.1:
         share = f"unclipped {stats['unclipped']:.2f} < 0.1"
         return (
-            f"{share}: close to sign momentum; raise gamma (double it), or wait: h still grows early on. At a "
-            "few thousand tokens a step m is mostly noise, which rule='damped' and 'spectral' mind less"
+            f"{share}: close to sign momentum; raise gamma (double it), or wait: h still grows early on. At "
+            "a few thousand tokens a step m is mostly noise, which rule='damped' and 'spectral' mind less"
         )
     return ""
