@@ -6,15 +6,15 @@
 Trains each contender below with the settings of the protocol on its first seed, and writes
 
 kind "step", every ten steps, for every kind of tensor:
-    clipped, floor, free: shares of coordinates whose step is lr; is decided by the floor of the denominator (eps,
-        or damping rms(u)); is decided by the curvature. None where the rule does not go by coordinates.
+    clipped, floor, free: shares of coordinates whose step is lr; is decided by the floor of the denominator
+        (eps, or damping rms(u)); is decided by the curvature. None where the rule does not go by coordinates.
     size: rms of the step, decay aside, in units of lr.
-    m_noise: rms of m over rms of sqrt(h / B). Were the gradient pure noise of the variance that the model's own
-        labels have, this would be sqrt((1 - beta1) / (1 + beta1)).
+    m_noise: rms of m over rms of sqrt(h / B). Were the gradient pure noise of the variance that the model's
+        own labels have, this would be sqrt((1 - beta1) / (1 + beta1)).
     absent: of the token table, the part of the squared step that goes to rows of tokens that no batch of the
         last ten steps held, over their part of the rows.
 kind "noise", at three points: the noise scale tr(Sigma) / |G|^2 in tokens (McCandlish et al. 2018), from 32
-    batches of the protocol's size at fixed weights, both parts unbiased; None where the signal is not seen.
+    batches of the protocol's size at fixed weights, both parts unbiased; None where no signal is seen.
 """
 
 from __future__ import annotations
@@ -218,11 +218,8 @@ def draw(record: Path, picture: Path) -> None:
         mine = [r for r in steps if r["contender"] == c and r["absent"] is not None]
         ax.plot([r["step"] for r in mine], [r["absent"] for r in mine], color=colours[c], label=words[c])
     ax.axhline(1, color="#bbbbbb", lw=0.8)
-    ax.set(
-        title="Rows of tokens not seen for ten steps: part of the\nsquared step over part of the rows (1: no difference)",
-        xlabel="steps",
-        yscale="log",
-    )
+    ax.set_title("Rows of tokens not seen for ten steps: part of the\nsquared step over part of the rows")
+    ax.set(xlabel="steps", yscale="log")
     ax.legend(frameon=False)
 
     ax = axes[1][1]
