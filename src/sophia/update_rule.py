@@ -71,7 +71,6 @@ __all__ = [
 
 SAMPLED_ABOVE, LINE, EVERY = 2**19, 16, 67  # elements, elements, runs: what rms looks at
 
-
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c of ``X <- (a + b X X^T + c (X X^T)^2) X``, which Jordan et al. (Muon, 2024) chose for fast growth
 of small singular values.
