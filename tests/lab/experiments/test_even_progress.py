@@ -5,6 +5,7 @@ import torch
 
 from sophia.lab.experiments import allocation, descents, even_progress
 from sophia.lab.experiments.progress import Progress
+from sophia.lab.experiments.records import Records
 from sophia.lab.experiments.valleys import Valley, rotation, spectrum
 
 
@@ -84,3 +85,55 @@ def test_shares_and_ratios_of_tenths():
     tenths = [1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0]
     assert even_progress.flattest_half(tenths) == 0.25
     assert even_progress.move_ratio([2.0, *tenths, 3.0]) == 1.5
+
+
+def plant(folder, *, left, noisy, toy, flat, moves):
+    """Records in which methods have so much left of their worst dimension, and so on by method."""
+    records = Records(folder)
+    for start, predictions in even_progress.STARTS:
+        for method in even_progress.QUADRATIC:
+            worst = (left if predictions is None else noisy).get(method, 1.0)
+            case = {"part": "quadratic", "start": start, "predictions": predictions, "method": method}
+            records.add(case, left=[worst, worst / 2], eigenvalues=[1.0, 2.0])
+    for method in ("gradient descent", "SignGD", "Adam", "Newton", "Sophia"):
+        end = toy.get(method, 1.0)
+        records.add({"part": "toy", "method": method}, losses=[[2.0, 2.0], [2.0 * end, end]])
+    for method in even_progress.GPT:
+        records.add({"part": "search", "method": method, "factor": 1.0}, loss=6.0)
+        for seed in (1, 2, 3):
+            share = flat.get(method, 0.3) + 0.01 * seed
+            sharp = moves.get(method, 1.0)
+            records.add(
+                {"part": "allocation", "method": method, "seed": seed},
+                decrease=[share / 5] * 5 + [(1 - share) / 5] * 5,
+                distance_a_step=[1.0] * 9 + [sharp],
+            )
+    return records
+
+
+BEST = dict.fromkeys(("left", "noisy", "toy"), {"Sophia": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("planted", "word"),
+    [
+        ({**BEST, "flat": {"Sophia": 0.5}, "moves": {"Sophia": 0.5}}, "holds"),
+        ({**BEST, "flat": {"Sophia": 0.2}, "moves": {"Sophia": 0.5}}, "holds in part"),
+        ({**BEST, "flat": {"Sophia": 0.5}, "moves": {"Sophia": 2.0}}, "holds in part"),
+        (
+            {
+                **dict.fromkeys(("left", "noisy", "toy"), {"SignGD": 0.01}),
+                "flat": {"Sophia": 0.2},
+                "moves": {"Sophia": 2.0},
+            },
+            "contradicted",
+        ),
+    ],
+)
+def test_the_verdict_is_that_of_what_was_planted(tmp_path, planted, word):
+    """Evenness claimed where another method, or another half of the coordinates, is ahead."""
+    records = plant(tmp_path, **planted)
+    said = even_progress.verdict(records)
+    assert said.word == word
+    assert ("Sophia above AdamW in 3 of 3 seeds" in said.sentence) == (planted["flat"]["Sophia"] > 0.3)
+    even_progress.draw(records)

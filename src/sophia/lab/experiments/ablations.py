@@ -274,7 +274,7 @@ def draw(records: Records) -> Figure:
     right.set_yticks(range(len(GAMMAS)), [f"x {g:g}" for g in GAMMAS])
     right.set(xlabel="beta2", ylabel="gamma")
     right.grid(False)
-    right.set_title("Against gamma x 1, beta2 0.9", loc="left", fontsize=10)
+    right.set_title("Against the middle one", loc="left", fontsize=10)
     return figure
 
 

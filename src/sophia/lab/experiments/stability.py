@@ -222,7 +222,7 @@ def verdict(records: Records) -> Verdict:
 def draw(records: Records) -> Figure:
     """Largest stable learning rate against depth; end loss against learning rate; share of clipped steps."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(11, 4.0), layout="constrained", facecolor="white")
     left, middle, right = figure.subplots(1, 3)
@@ -258,14 +258,15 @@ def draw(records: Records) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([str(d) for d in depths])
     left.set(yscale="log")
-    left.set_title("Largest stable learning rate", loc="left", fontsize=10)
-    middle.set(xscale="log", xlabel="learning rate")
+    left.set_title("Largest stable learning rate / 1e-3", loc="left", fontsize=10)
+    middle.set(xscale="log", xlabel="learning rate / 1e-3")
     middle.axhline(records.rows[0].result["unigram"], color="#999999", ls=":", lw=1)
     middle.set_title(f"End loss at {deepest} layers, nats a byte", loc="left", fontsize=10)
     middle.legend(frameon=False, fontsize=8)
+    rates = sorted(records.values("lr"))
     for axis in (left.yaxis, middle.xaxis):
-        axis.set_major_locator(LogLocator(10))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_ticks(rates, [f"{1e3 * rate:g}" for rate in rates])
+        axis.set_minor_locator(NullLocator())
     right.axhline(0.1, color="#999999", ls=":", lw=1)
     right.set_ylim(bottom=0)
     right.set_title("Share of steps with a clipped gradient", loc="left", fontsize=10)
