@@ -111,7 +111,7 @@ def plant(folder, *, left, noisy, toy, flat, moves):
     return records
 
 
-BEST = dict.fromkeys(("left", "noisy", "toy"), {"Sophia": 0.01})
+BEST = {key: {"Sophia": 0.01} for key in ("left", "noisy", "toy")}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ BEST = dict.fromkeys(("left", "noisy", "toy"), {"Sophia": 0.01})
         ({**BEST, "flat": {"Sophia": 0.5}, "moves": {"Sophia": 2.0}}, "holds in part"),
         (
             {
-                **dict.fromkeys(("left", "noisy", "toy"), {"SignGD": 0.01}),
+                **{key: {"SignGD": 0.01} for key in ("left", "noisy", "toy")},
                 "flat": {"Sophia": 0.2},
                 "moves": {"Sophia": 2.0},
             },
