@@ -263,9 +263,9 @@ def draw(records: Records) -> Figure:
     middle.axhline(records.rows[0].result["unigram"], color="#999999", ls=":", lw=1)
     middle.set_title(f"End loss at {deepest} layers, nats a byte", loc="left", fontsize=10)
     middle.legend(frameon=False, fontsize=8)
-    rates = sorted(records.values("lr"))
+    tried = sorted(records.values("lr"))
     for axis in (left.yaxis, middle.xaxis):
-        axis.set_ticks(rates, [f"{1e3 * rate:g}" for rate in rates])
+        axis.set_ticks(tried, [f"{1e3 * lr:g}" for lr in tried])
         axis.set_minor_locator(NullLocator())
     right.axhline(0.1, color="#999999", ls=":", lw=1)
     right.set_ylim(bottom=0)
