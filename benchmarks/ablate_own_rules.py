@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from sophia import optimizer, update_rule
+from sophia import update_rule, work
 from sophia.kernels import variants
 from sophia.lab import corpus, protocol_files, tokens, training, vocabulary
 from sophia.lab.config import Data
@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
     "no correction of m and h": (
         "sophia-spectral",
         {},
-        [(optimizer, "corrected_gamma", lambda gamma, **_: gamma)],
+        [(work, "corrected_gamma", lambda gamma, **_: gamma)],
     ),
     "damped": ("sophia-damped", {}, []),
     "damped, no damping": ("sophia-damped", {"damping": 0.0}, []),

@@ -32,7 +32,7 @@ LAYERS = [
     {"sophia.attach"},
     {"sophia.replay"},
     {"sophia.refresh"},
-    {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.state"},
+    {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.state", "sophia.work"},
     {"sophia.optimizer"},
     {"sophia"},
     {"sophia.integrations", "sophia.doctor"},

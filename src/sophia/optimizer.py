@@ -1,6 +1,4 @@
-"""``class Sophia``: books, parameter groups, the choice of a kernel. The mathematics is in
-``update_rule.py``.
-"""
+"""``class Sophia``: books, parameter groups, refreshes. The mathematics is in ``update_rule.py``."""
 
 from __future__ import annotations
 
@@ -20,15 +18,14 @@ from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
 from sophia.groups import RULES, check_group, decayed_and_not, hidden_apart, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
-from sophia.kernels import choose
 from sophia.kernels.curvature import average
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.noise import seed_for
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.rounding import key_of_parameter, moved
-from sophia.sharding import check_whole, first_element, is_dtensor, local
+from sophia.sharding import check_whole, first_element, local
 from sophia.state import check_origin, new_state, restore_state
-from sophia.update_rule import corrected_gamma
+from sophia.work import Work, current_gamma, work_of
 from sophia.wrappers import unwrapped
 
 __all__ = ["Sophia"]
@@ -36,9 +33,6 @@ __all__ = ["Sophia"]
 # By whether the rule is the published one: its values are the paper's, the others' those of docs/research.md.
 _BETAS = {True: (0.96, 0.99), False: (0.9, 0.9)}
 _GAMMA = {True: 0.05, False: 0.2}
-
-_Work = tuple[ModuleType, tuple[Sequence[Tensor], ...], dict[str, Any], bool]
-"""A kernel, the four columns of tensors and the settings of its call, and whether under a graph."""
 
 
 class Sophia(torch.optim.Optimizer):
@@ -318,14 +312,15 @@ class Sophia(torch.optim.Optimizer):
         # wrongly: all parameters would have the state of one.)
         for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
             with torch.set_grad_enabled(differentiable):
-                if "keys" in settings:  # the noise of a step, which a graph would bake in too
+                # The noise of a step and the corrected gamma of our own rules: a graph would bake them in too.
+                if "keys" in settings or "rule" in settings:
                     _step_outside_of_graphs(kernel, columns, settings)
                 else:
                     kernel.step(*columns, **settings)
         return loss
 
     @untraced
-    def _prepared(self, compiling: bool) -> list[_Work]:
+    def _prepared(self, compiling: bool) -> list[Work]:
         """Refresh h if it is due and turn the books; return what is left to do, as lists for the kernels.
 
         Nothing for the call with which ``torch.distributed.checkpoint`` asks for empty state.
@@ -345,7 +340,17 @@ class Sophia(torch.optim.Optimizer):
                 self._refresh_if_due()
         for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
             self._warn_if_stale(group)
-        work = [part for group in self.param_groups for part in self._work_of(group, compiling)]
+        work = [
+            part
+            for group in self.param_groups
+            for part in work_of(
+                group,
+                self._state_of,
+                compiling=compiling,
+                keys=self._keys("step", group),
+                stochastic=self.stochastic_rounding,
+            )
+        ]
         for group in self.param_groups:
             group["step"] += 1
         self._listen()
@@ -361,50 +366,6 @@ class Sophia(torch.optim.Optimizer):
             return False
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         return bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
-
-    def _work_of(self, group: dict[str, Any], compiling: bool) -> Iterator[_Work]:
-        """The parameters of a group that have a gradient, by kernel, device and dtypes."""
-        settings = {
-            "lr": _lr_for_the_kernel(group, compiling and group["rule"] == "paper" and not self._rounds),
-            "beta1": float(group["betas"][0]),
-            "gamma": _gamma(group),
-            "eps": float(group["eps"]),
-            "weight_decay": float(group["weight_decay"]),
-            "maximize": group["maximize"],
-        }
-        if group["rule"] != "paper":
-            settings |= {name: group[name] for name in ("rule", "damping", "scale")}
-        lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int]]] = {}
-        noise = self._keys("step", group)
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            state = self._state_of(parameter)
-            row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
-            if is_dtensor(parameter) and not group["differentiable"]:
-                row = self._shards(*row)
-            kind = (choose(group, settings["lr"], row), row[0].device, row[0].dtype, row[2].dtype)
-            if kind not in lists:
-                lists[kind] = ([], [])
-            rows, keys = lists[kind]
-            rows.append(row)
-            if noise:
-                keys.append(noise[id(parameter)])
-        for (kernel, *_), (rows, keys) in lists.items():
-            more = {"keys": keys, "stochastic": self.stochastic_rounding} if keys else {}
-            columns = tuple(zip(*rows, strict=True))
-            yield kernel, columns, {**settings, **more}, bool(group["differentiable"])
-
-    @staticmethod
-    def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """The local parts, in one layout: the rule is element-wise, and on DTensors each operation would cost
-        more than the arithmetic.
-        """
-        whole: Any = parameter
-        if is_dtensor(gradient) and gradient.placements != whole.placements:  # type: ignore[attr-defined]
-            gradient = gradient.redistribute(whole.device_mesh, whole.placements)  # type: ignore[attr-defined]
-        return tuple(map(local, (parameter, gradient, *state)))
 
     @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -539,7 +500,7 @@ class Sophia(torch.optim.Optimizer):
             (
                 [local(s["exp_avg"]) for s in states],
                 [local(s["hessian"]) for s in states],
-                _gamma(g),
+                current_gamma(g),
                 float(g["eps"]),
             )
             for g, states in held
@@ -667,24 +628,6 @@ class Sophia(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-def _gamma(group: dict[str, Any]) -> float:
-    """The group's gamma, with the corrections of its rule in it; for the step that is about to be taken."""
-    gamma = float(group["gamma"])
-    if group["rule"] == "paper":
-        return gamma
-    taken = group["step"] - group["joined"]
-    return corrected_gamma(gamma, betas=group["betas"], step=taken + 1, refreshes=group["refreshes"])
-
-
-def _lr_for_the_kernel(group: Mapping[str, Any], compiling: bool) -> float | Tensor:
-    """A tensor where a number would be baked into a graph, else a number, which is faster."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        stays = compiling or group["capturable"] or group["differentiable"] or lr.requires_grad
-        return lr.reshape(()) if stays else lr.item()
-    return torch.tensor(lr, dtype=torch.float64) if compiling and not group["differentiable"] else lr
 
 
 @untraced

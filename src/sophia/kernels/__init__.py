@@ -15,6 +15,7 @@ bfloat16 is always rounded stochastically (``rounding.py``), from ``keys``, one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +27,7 @@ from sophia.update_rule import SAMPLED_ABOVE
 __all__ = ["choose"]
 
 
-def choose(group: dict[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -> ModuleType:
+def choose(group: Mapping[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]) -> ModuleType:
     """The fastest path that takes this parameter, its gradient and its state, and that the group allows.
 
     As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never

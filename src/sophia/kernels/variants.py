@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo as untraced
 
 from sophia.kernels import foreach
 from sophia.kernels.short_side import polar_of
@@ -31,7 +30,6 @@ __all__ = ["step"]
 _BLOCK = 2**16  # elements, as in foreach.py
 
 
-@untraced  # torch.compile would make a graph for every step: the corrected gamma is another number each time
 def step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -1,0 +1,96 @@
+"""What a step does to a parameter group: lists of tensors, one call of a kernel for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.kernels import choose
+from sophia.sharding import is_dtensor, local
+from sophia.update_rule import corrected_gamma
+
+__all__ = ["Work", "current_gamma", "work_of"]
+
+Work = tuple[ModuleType, tuple[Sequence[Tensor], ...], dict[str, Any], bool]
+"""A kernel, the four columns of tensors and the settings of its call, and whether under a graph."""
+
+
+def work_of(
+    group: Mapping[str, Any],
+    state_of: Callable[[Tensor], Mapping[str, Tensor]],
+    *,
+    compiling: bool,
+    keys: Mapping[int, int],
+    stochastic: bool,
+) -> Iterator[Work]:
+    """The parameters of a group that have a gradient, by kernel, device and dtypes.
+
+    Args:
+        group: of the optimizer's ``param_groups``.
+        state_of: from a parameter to its two buffers, made when they are first asked for.
+        compiling: whether ``torch.compile`` traces the step.
+        keys: by id of a parameter, the key of its noise; empty where nothing is rounded stochastically.
+        stochastic: round half-precision parameters stochastically too, not only state.
+    """
+    settings = {
+        "lr": _lr_for_the_kernel(group, compiling and group["rule"] == "paper" and not keys),
+        "beta1": float(group["betas"][0]),
+        "gamma": current_gamma(group),
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+        "maximize": group["maximize"],
+    }
+    if group["rule"] != "paper":
+        settings |= {name: group[name] for name in ("rule", "damping", "scale")}
+    lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int]]] = {}
+    for parameter in group["params"]:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        state = state_of(parameter)
+        row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
+        if is_dtensor(parameter) and not group["differentiable"]:
+            row = _shards(*row)
+        kind = (choose(group, settings["lr"], row), row[0].device, row[0].dtype, row[2].dtype)
+        if kind not in lists:
+            lists[kind] = ([], [])
+        rows, of_rows = lists[kind]
+        rows.append(row)
+        if keys:
+            of_rows.append(keys[id(parameter)])
+    for (kernel, *_), (rows, of_rows) in lists.items():
+        more = {"keys": of_rows, "stochastic": stochastic} if of_rows else {}
+        columns = tuple(zip(*rows, strict=True))
+        yield kernel, columns, {**settings, **more}, bool(group["differentiable"])
+
+
+def current_gamma(group: Mapping[str, Any]) -> float:
+    """The group's gamma, with the corrections of its rule in it; for the step that is about to be taken."""
+    gamma = float(group["gamma"])
+    if group["rule"] == "paper":
+        return gamma
+    taken = group["step"] - group["joined"]
+    return corrected_gamma(gamma, betas=group["betas"], step=taken + 1, refreshes=group["refreshes"])
+
+
+def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    """The local parts, in one layout: the rule is element-wise, and on DTensors each operation would cost
+    more than the arithmetic.
+    """
+    whole: Any = parameter
+    if is_dtensor(gradient) and gradient.placements != whole.placements:  # type: ignore[attr-defined]
+        gradient = gradient.redistribute(whole.device_mesh, whole.placements)  # type: ignore[attr-defined]
+    return tuple(map(local, (parameter, gradient, *state)))
+
+
+def _lr_for_the_kernel(group: Mapping[str, Any], compiling: bool) -> float | Tensor:
+    """A tensor where a number would be baked into a graph, else a number, which is faster."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        stays = compiling or group["capturable"] or group["differentiable"] or lr.requires_grad
+        return lr.reshape(()) if stays else lr.item()
+    return torch.tensor(lr, dtype=torch.float64) if compiling and not group["differentiable"] else lr
