@@ -312,7 +312,7 @@ class Sophia(torch.optim.Optimizer):
         # wrongly: all parameters would have the state of one.)
         for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
             with torch.set_grad_enabled(differentiable):
-                # The noise of a step and the corrected gamma of our own rules: a graph would bake them in too.
+                # The noise of a step, the corrected gamma of our own rules: a graph would bake them in.
                 if "keys" in settings or "rule" in settings:
                     _step_outside_of_graphs(kernel, columns, settings)
                 else:
