@@ -31,7 +31,7 @@ __all__ = ["EXPERIMENT", "items"]
 
 CONTENDERS = {"adamw": "#2b2b2b", "sophia-g": "#d55e00"}
 TASK = "what-follows"
-STEPS, SEEDS = (100, 200), (21, 22, 23)
+STEPS, SEEDS = (50, 100), (21, 22, 23)
 """T/2 and T."""
 ITEMS, SHOTS, DRAWS = 200, 2, (1, 2, 3, 4, 5)
 BEFORE, AFTER = 8, 4
@@ -193,7 +193,7 @@ EXPERIMENT = Experiment(
     expected=(
         "Both above guessing, by frequent words alone; Sophia-G after T/2 below AdamW after T, as in loss."
     ),
-    runtime="about 4 minutes on one core, with the extra [eval]; quick 20 s",
+    runtime="about 3 minutes on one core, with the extra [eval]; quick 20 s",
     figure=(
         "Left: accuracy, a dot a seed (mean over five draws of the examples). Right: paired differences."
     ),
