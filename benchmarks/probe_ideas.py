@@ -1,0 +1,212 @@
+"""Ideas beyond the two rules, one at a time, on the yardstick's small cell: a direction, not evidence.
+
+    python benchmarks/probe_ideas.py PROTOCOL.toml OUT.jsonl [STEPS] [WORD]
+
+The settings are the protocol's for both rules, the seeds its own; an idea is run on the next seed only after
+all were run on the one before. Appends a line for each run as it ends; what is in the file is not made again.
+WORD: only ideas whose name contains it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from sophia import Sophia
+from sophia.kernels import variants
+from sophia.lab import corpus, models, protocol_files, schedules, tokens, vocabulary
+from sophia.lab.config import Data
+from sophia.lab.rivals import Pair
+from sophia.update_rule import polar
+
+Made = tuple[torch.optim.Optimizer, Callable[[int, Tensor], None]]
+
+
+def nothing(step: int, batch: Tensor) -> None:
+    """Before a step."""
+
+
+def rule(model: nn.Module, s: Mapping[str, Any], seed: int, params: Any = None, **over: Any) -> Sophia:
+    """Sophia with the settings of the protocol."""
+    return Sophia(
+        model if params is None else params,
+        model=model,
+        rule=str(s["rule"]),
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        gamma=float(s["gamma"]),
+        damping=float(s["damping"]),
+        weight_decay=float(s["weight_decay"]),
+        seed=seed,
+        **over,
+    )
+
+
+def as_it_is(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+    """The rule."""
+    return rule(model, s, seed), nothing
+
+
+def hidden_at(scale: float) -> Callable[..., Made]:
+    """Hidden matrices move by another part of lr."""
+
+    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+        made = rule(model, s, seed)
+        for group in made.param_groups:
+            group["scale"] = scale if group["scale"] != 1.0 else 1.0
+        return made, nothing
+
+    return make
+
+
+def every(k: int) -> Callable[..., Made]:
+    """Another interval of refreshes."""
+    return lambda model, s, seed: (rule(model, s, seed, update_every=k), nothing)
+
+
+def tables_by_adam(part: float) -> Callable[..., Made]:
+    """The token table has the second moment of its own gradient (AdamW, beta2 0.99), and no h."""
+
+    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+        table = [p for n, p in model.named_parameters() if "wte" in n]
+        rest = [p for n, p in model.named_parameters() if "wte" not in n]
+        adam = torch.optim.AdamW(
+            table, lr=part * float(s["lr"]), betas=(float(s["beta1"]), 0.99), weight_decay=0.0
+        )
+        return Pair(rule(model, s, seed, params=rest), adam), nothing
+
+    return make
+
+
+def by_curvature_along_the_step(power: float) -> Callable[..., Made]:
+    """Every hidden matrix by its measured curvature: lr times (mean q / q)^power, q = B (g . d)^2 of a sample's
+    gradient g, averaged over refreshes, with d the last step of the matrix.
+    """
+
+    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+        made = rule(model, s, seed)
+        inner = [g for g in made.param_groups if g["scale"] != 1.0]
+        matrices = [p for g in inner for p in g["params"]]
+        for group in inner:  # a group for each matrix, so that each has a scale of its own
+            first, *others = group["params"]
+            group["params"] = [first]
+            kept = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            for p in others:
+                made.param_groups.append({**kept, "params": [p]})
+            group.pop("param_names", None)
+        home = {id(g["params"][0]): g for g in made.param_groups if g["scale"] != 1.0}
+        base = inner[0]["scale"]
+        last = [p.detach().clone() for p in matrices]
+        mean = [0.0] * len(matrices)
+        generator = torch.Generator().manual_seed(seed)
+
+        def before(step: int, batch: Tensor) -> None:
+            if step and step % 10 == 0:
+                half = batch[: len(batch) // 2]
+                logits = model(input_ids=half).logits[:, :-1].flatten(0, 1)
+                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+                loss = nn.functional.cross_entropy(logits, labels)
+                drawn = torch.autograd.grad(loss, matrices)
+                for i, (p, q, g) in enumerate(zip(matrices, last, drawn, strict=True)):
+                    d = p.detach() - q
+                    d = d / d.norm().clamp(min=1e-30)
+                    value = len(labels) * float((g * d).sum()) ** 2
+                    mean[i] = value if step == 10 else 0.8 * mean[i] + 0.2 * value
+                whole = sum(mean) / len(mean)
+                for p, value in zip(matrices, mean, strict=True):
+                    factor = (whole / max(value, 1e-30)) ** power
+                    home[id(p)]["scale"] = base * min(max(factor, 0.25), 4.0)
+            for q, p in zip(last, matrices, strict=True):
+                q.copy_(p.detach())
+
+        return made, before
+
+    return make
+
+
+def in_bfloat16(x: Tensor) -> Tensor:
+    """The products of the polar factor in half precision, as Muon makes them."""
+    return polar(x.to(torch.bfloat16)).to(x.dtype)
+
+
+# name: contender, how it is made, what stands in for the polar factor
+IDEAS: dict[str, tuple[str, Callable[..., Made], Callable[[Tensor], Tensor] | None]] = {
+    "damped": ("sophia-damped", as_it_is, None),
+    "damped, hidden at 0.05 lr": ("sophia-damped", hidden_at(0.05), None),
+    "damped, hidden at 0.025 lr": ("sophia-damped", hidden_at(0.025), None),
+    "spectral": ("sophia-spectral", as_it_is, None),
+    "spectral, products in bfloat16": ("sophia-spectral", as_it_is, in_bfloat16),
+    "spectral, tables by Adam, lr": ("sophia-spectral", tables_by_adam(1.0), None),
+    "spectral, tables by Adam, lr / 2": ("sophia-spectral", tables_by_adam(0.5), None),
+    "spectral, curvature along the step": ("sophia-spectral", by_curvature_along_the_step(0.25), None),
+    "spectral, h every 2 steps": ("sophia-spectral", every(2), None),
+    "spectral, h every 50 steps": ("sophia-spectral", every(50), None),
+}
+
+
+def run(idea: str, protocol: Any, text: Any, ids: Any, seed: int, steps: int) -> dict[str, Any]:
+    """Train and return the row."""
+    contender, make, polar_of = IDEAS[idea]
+    data = Data(text.name, text.sha256, vocabulary.SHA256)
+    config = protocol.run(contender, data=data, seed=seed, steps=steps, device="cpu")
+    context, began = config.model.context, time.process_time()
+    torch.set_num_threads(config.threads)
+    model = models.build(config.model, seed=seed)
+    parameters = list(model.parameters())
+    optimizer, before = make(model, config.optimizer.settings, seed)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    with mock.patch.object(variants, "polar_of", polar_of or variants.polar_of):
+        for step in range(steps):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * schedules.factor(config.schedule, step, steps=steps)
+            batch = ids.batch(seed=seed, step=step, size=config.batch, context=context)
+            before(step, batch)
+            model(input_ids=batch, labels=batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+    seconds = time.process_time() - began
+    held_out, _ = ids.held_out(sequences=config.evaluation.sequences, context=context)
+    model.eval()
+    with torch.no_grad():
+        parts = held_out.split(64)
+        loss = sum(float(model(input_ids=x, labels=x).loss) * len(x) for x in parts) / len(held_out)
+    return {
+        "idea": idea,
+        "seed": seed,
+        "steps": steps,
+        "loss": round(loss, 5),
+        "cpu_seconds": round(seconds, 1),
+        "settings": dict(config.optimizer.settings),
+    }
+
+
+def main(protocol_file: Path, out: Path, steps: int, word: str) -> None:
+    """Run what is missing, idea by idea within a seed."""
+    protocol = protocol_files.load(protocol_file)
+    text = corpus.load(protocol.data)
+    ids = tokens.encode(text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {(row["idea"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    for seed in protocol.seeds:
+        for idea in IDEAS:
+            if word in idea and (idea, seed, steps) not in done:
+                row = run(idea, protocol, text, ids, seed, steps)
+                with out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{idea}, seed {seed}: {row['loss']}", flush=True)
+
+
+if __name__ == "__main__":
+    rest = sys.argv[3:] + ["200", ""][len(sys.argv) - 3 :]
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(rest[0]), rest[1])

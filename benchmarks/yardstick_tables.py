@@ -1,0 +1,87 @@
+"""The tables of docs/research.md, as Markdown, from the records of comparisons.
+
+    python benchmarks/yardstick_tables.py [--baseline NAME] results/research/half-million/comparison [...]
+
+For every contender: mean end loss and standard deviation over seeds at each budget, the difference at the
+largest with its 90% interval, and the speed-up over the baseline at equal loss in steps and in processor
+seconds, as ``sophia compare`` computes them (docs/report.md). Processor seconds, not those of the clock: the
+runs were made beside other work. What lies beyond the baseline's budgets is given as a bound. With
+``--baseline`` another contender is the mark.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sophia.lab.costs import cost_ratio, in_cost
+from sophia.lab.evidence import read_evidence
+from sophia.lab.sentences import difference_words, ratio_words
+from sophia.lab.statistics import Summary, Verdict, judge
+
+
+def processor(summary: Summary, verdict: Verdict) -> str:
+    """The speed-up in processor seconds."""
+    runs = {(r.contender, r.steps, r.seed): r for r in summary.evidence.runs if r.status == "finished"}
+    pairs = []
+    for (name, steps, seed), run in runs.items():
+        partner = runs.get((summary.evidence.baseline, steps, seed))
+        if name == verdict.contender and partner is not None:
+            own, other = run.number("cpu_seconds"), partner.number("cpu_seconds")
+            if own and other:
+                pairs.append((other, own))
+    cost = cost_ratio(pairs)
+    if cost is None or not verdict.speedups:
+        return ""
+    return f"{ratio_words(in_cost(verdict.speedups[0].ratio, cost))}; a step costs {1 / cost.value:.2f}"
+
+
+def lines(folder: Path, baseline: str | None) -> Iterator[str]:
+    """Head, rule and a row for each contender, the baseline first."""
+    evidence = read_evidence(folder)
+    if baseline is not None:
+        others = (name for name in evidence.contenders if name != baseline)
+        evidence = replace(evidence, contenders=(baseline, *others))
+    summary = judge(evidence)
+    budgets = sorted({row.steps for row in summary.rows})
+    verdicts = {verdict.contender: verdict for verdict in summary.verdicts}
+    titles = [f"{budget} steps" for budget in budgets]
+    titles += ["difference at the end, 90% interval", "speed-up in steps", "in processor seconds"]
+    yield f"| contender | {' | '.join(titles)} |"
+    yield "|---" * (len(titles) + 1) + "|"
+    for name in summary.evidence.contenders:
+        cells = []
+        for budget in budgets:
+            row = next(r for r in summary.rows if (r.contender, r.steps) == (name, budget))
+            seeds = "" if row.missing == 0 else f" ({row.finished})"
+            sd = "" if row.sd is None else f" ± {row.sd:.3f}"
+            cells.append("not run" if row.loss is None else f"{row.loss:.3f}{sd}{seeds}")
+        verdict = verdicts.get(name)
+        if verdict is None:
+            cells += ["", "", ""]
+        else:
+            words = "" if verdict.difference is None else difference_words(verdict.difference)
+            words = words.replace("difference ", "").replace(", 90% interval", ",")
+            cells.append(f"{words}: {verdict.word}")
+            cells.append(ratio_words(verdict.speedups[0].ratio) if verdict.speedups else "")
+            cells.append(processor(summary, verdict))
+        yield f"| {name} | {' | '.join(cells)} |"
+    for problem in (summary.curve_problem, *summary.missing):
+        if problem:
+            yield f"({problem})"
+    yield summary.curve.kind if summary.curve else ""
+    for verdict in summary.verdicts:
+        if verdict.half_budget is not None:
+            yield verdict.half_budget.sentence
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--baseline")
+    options = parser.parse_args()
+    for folder in options.folders:
+        print(f"\n{folder}\n")
+        print("\n".join(lines(folder, options.baseline)))
