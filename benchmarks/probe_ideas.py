@@ -88,8 +88,8 @@ def tables_by_adam(part: float) -> Callable[..., Made]:
 
 
 def by_curvature_along_the_step(power: float) -> Callable[..., Made]:
-    """Every hidden matrix by its measured curvature: lr times (mean q / q)^power, q = B (g . d)^2 of a sample's
-    gradient g, averaged over refreshes, with d the last step of the matrix.
+    """Every hidden matrix by its measured curvature: lr times (mean q / q)^power, q = B (g . d)^2 of the
+    gradient g of sampled labels, averaged over refreshes, with d the last step of the matrix.
     """
 
     def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
