@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophia.curvature import Estimate, Estimator, PassContext
+from sophia.curvature import Estimate, Estimator, GaussNewtonBartlett, PassContext
 from sophia.lab.borrowed import BorrowedCurvature, Squared
 from sophia.lab.errors import UsageError
+from sophia.likelihoods import Categorical
 
 __all__ = ["BOUNDS", "PRECONDITIONERS", "Ablated"]
 
 PRECONDITIONERS = ("gnb", "hutchinson", "empirical_fisher", "adahessian", "none")
-"""c: h of one of the three estimators; the root of averaged squares of Hutchinson's (AdaHessian's, without
-its corrections for bias, as Sophia has none); or 1 everywhere.
+"""c: h of one of the three estimators (Gauss-Newton-Bartlett with single labels, as in the paper); the root
+of averaged squares of Hutchinson's (AdaHessian's, without its corrections for bias, as Sophia has none); or 1
+everywhere.
 """
 
 BOUNDS = ("clip", "normalise", "none")
@@ -63,7 +65,9 @@ class Ablated(BorrowedCurvature):
                 raise UsageError(f"{name} is {value!r}, which is none. Use one of {', '.join(known)}.")
         self.root, self.bound = preconditioner == "adahessian", bound
         estimator: str | Estimator = preconditioner
-        if self.root:
+        if preconditioner == "gnb":
+            estimator = GaussNewtonBartlett(Categorical(pairs=0))
+        elif self.root:
             estimator = Squared()
         elif preconditioner == "none":
             estimator, betas = _One(), (betas[0], 0.0)  # 1 from the first step on

@@ -152,7 +152,8 @@ EXPERIMENT = Experiment(
     ),
     scale=(
         "AdamW and Sophia-G as tuned for the preset quick, 0.7M parameters, 400 steps of 1,024 tokens, "
-        "three paired seeds that the tuning did not see, one thread, every connection refused."
+        "three paired seeds that the tuning did not see, one thread, every connection refused. Sophia-G "
+        "draws pairs of labels; it was tuned with single ones."
     ),
     expected=("Minutes, about a gigabyte, no connection; AdamW ahead by less than three seeds can tell."),
     runtime="about 4 minutes on one core; quick 5 s",

@@ -187,8 +187,9 @@ EXPERIMENT = Experiment(
     ),
     scale=(
         f"AdamW and Sophia-G as tuned for the preset quick, 0.7M parameters, T = {STEPS[1]} steps of 1,024 "
-        f"tokens, {len(SEEDS)} paired seeds; a task of our own on {ITEMS} stretches of held-out text, as the "
-        "paper's are beyond so small a model. sophia evaluate runs the paper's on an exported run."
+        f"tokens, {len(SEEDS)} paired seeds (Sophia-G with pairs of labels, tuned with single ones); a task "
+        f"of our own on {ITEMS} stretches of held-out text, as the paper's are beyond so small a model. "
+        "sophia evaluate runs the paper's on an exported run."
     ),
     expected=(
         "Both above guessing, by frequent words alone; Sophia-G after T/2 below AdamW after T, as in loss."

@@ -318,7 +318,8 @@ EXPERIMENT = Experiment(
     ),
     scale=(
         "GPT-2 of 0.28M, 0.74M and 1.1M parameters, T = 800 steps of 16 x 64 tokens, presidents' messages; "
-        "3.0M and 10M where somebody ran their protocols. AdamW and Sophia-G tuned with the same number of "
+        "3.0M and 10M where somebody ran their protocols. AdamW and Sophia-G (single labels, which were the "
+        "default when it was run) tuned with the same number of "
         "trials (10, 12, 10), two or three paired seeds. The recipes of the paper's own sizes are ready and "
         "not run (sophia pretrain)."
     ),

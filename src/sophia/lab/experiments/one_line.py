@@ -254,7 +254,8 @@ EXPERIMENT = Experiment(
     scale=(
         f"{len(SCRIPTS)} scripts around a softmax layer, whose exact curvature is known in closed form: "
         "plain, accumulation, padding, autocast, scaler and clipping, scheduler, closure, own groups. "
-        "Frameworks and several processes are held by tests, not here."
+        "Frameworks and several processes are held by tests, not here. Single labels, which were the "
+        "default when it was run."
     ),
     expected=(
         "One line in each; h within 10% of the curvature: its average remembers about 200 draws, and the sum "

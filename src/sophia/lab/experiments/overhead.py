@@ -237,8 +237,9 @@ EXPERIMENT = Experiment(
     ),
     scale=(
         "GPT-2 of 0.3M and 1.1M parameters, 30 sequences of 64 tokens, float32, one processor thread, "
-        "AdamW fused. The paper timed 355M and 770M in bfloat16 on GPUs. Refreshes use the same shares of "
-        "the batch. Memory is measured elsewhere (results/benchmarks)."
+        "AdamW fused; single labels, which were the default when it was run. The paper timed 355M and 770M "
+        "in bfloat16 on GPUs. Refreshes use the same shares of the batch. Memory is measured elsewhere "
+        "(results/benchmarks)."
     ),
     expected=(
         "Gauss-Newton-Bartlett +5% by count (half a forward and backward in ten steps); Hutchinson +1.3% to "
