@@ -10,16 +10,21 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import CHROMIUM, chromium
+from matplotlib.text import Annotation
 from synthetic import Planted, write_comparison
 
+from sophia.lab import palette
 from sophia.lab.evidence import read_evidence
 from sophia.lab.figure_curvature import courses
-from sophia.lab.figures import colours
+from sophia.lab.figures import draw
+from sophia.lab.palette import looks
 from sophia.lab.report import SCRIPTS, write_report
 from sophia.lab.series import page_data
 from sophia.lab.settings import side_by_side
+from sophia.lab.statistics import summarise
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>'\"&{{ 7*7 }}\u2028"
 
@@ -64,6 +69,77 @@ def test_the_report_and_its_pictures_are_written(tmp_path: Path) -> None:
         again.curves_svg.read_bytes(),
         again.html.read_text(encoding="utf-8"),
     )
+
+
+def linear(colour):
+    """The colour as light: red, green, blue."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def seen(colour):
+    """The colour in OKLab, where distances are about those that are seen."""
+    cones = np.cbrt(linear(colour) @ np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074],
+                                               [0.0883, 0.2817, 0.6300]]).T)  # fmt: skip
+    return (
+        cones @ np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]).T
+    )
+
+
+def contrast(one, other):
+    """Of two colours, as WCAG 2 defines it."""
+    light, dark = sorted((linear(c) @ [0.2126, 0.7152, 0.0722] for c in (one, other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(("paper", "place"), [("#ffffff", 0), ("#131417", 1)], ids=["light", "dark"])
+def test_a_dozen_contenders_can_be_told_apart_and_read(paper, place) -> None:
+    """If this fails two contenders look the same, or a line is too faint on its paper. 0.1 is five times what
+    is just seen.
+    """
+    used = [pair[place] for pair in (palette.BASELINE, *palette.COLOURS)]
+    assert len(used) == 12
+    for i, one in enumerate(used):
+        assert contrast(one, paper) >= 3
+        assert all(np.linalg.norm(seen(one) - seen(other)) > 0.1 for other in used[:i])
+
+
+def test_no_two_of_eighty_contenders_have_one_look() -> None:
+    """If this fails many contenders share colour and shape, and a reader takes one for the other."""
+    found = looks([f"c{i}" for i in range(80)])
+    assert len({(look.light, look.shape) for look in found.values()}) == 80
+    assert len({look.shape for look in list(found.values())[:8]}) == 8
+    assert len({look.slot for look in found.values()}) == 80
+
+
+@pytest.mark.parametrize("contenders", [2, 8, 14])
+def test_no_label_of_the_picture_is_cut_or_lies_on_another(tmp_path: Path, contenders: int) -> None:
+    """If this fails a name cannot be read: many contenders, long names, ends that lie together."""
+    names = {f"an-optimizer-of-name-{i}" if i else "adamw": 1 - 0.01 * i for i in range(contenders)}
+    figure = draw(summarise(write_comparison(tmp_path, Planted(efficiency=names, budgets=(300, 600)))))
+    figure.draw_without_rendering()
+    width, height = figure.canvas.get_width_height()
+    words = [
+        t
+        for axes in figure.axes
+        for t in (*axes.findobj(lambda a: isinstance(a, Annotation)), *axes.xaxis.get_ticklabels(),
+                  *axes.yaxis.get_ticklabels(), axes.xaxis.label, axes._left_title)
+        if t.get_text().strip()
+    ]  # fmt: skip
+    boxes = {t: t.get_window_extent() for t in words}
+    ticks = {
+        t for axes in figure.axes for t in axes.get_yticklabels()
+    }  # some are beyond the range of the axis
+    for text, box in boxes.items():
+        assert text in ticks or (box.x0 >= 0 and box.y0 >= 0), f"{text.get_text()!r} is cut"
+        assert box.x0 >= 0
+        assert text in ticks or (box.x1 <= width and box.y1 <= height), f"{text.get_text()!r} is cut"
+    for axes in figure.axes:
+        own = [t for t in axes.texts if t.get_text().strip()]
+        assert len(own) >= contenders
+        for i, one in enumerate(own):
+            for other in own[:i]:
+                assert not boxes[one].overlaps(boxes[other]), (one.get_text(), other.get_text())
 
 
 def test_values_from_records_are_text_and_never_markup(tmp_path: Path) -> None:
@@ -146,7 +222,9 @@ def test_evaluations_that_know_their_step_alone_get_every_other_cost(tmp_path: P
         bare = [{k: r[k] for k in ("kind", "step", "loss")} if r["kind"] == "eval" else r for r in rows]
         log.write_text("\n".join(map(json.dumps, bare)))
     evidence = read_evidence(tmp_path)
-    run = next(r for r in page_data(evidence, colours(evidence))["runs"] if r["contender"] == "sophia-g")
+    run = next(
+        r for r in page_data(evidence, looks(evidence.contenders))["runs"] if r["contender"] == "sophia-g"
+    )
     x = run["validation"]["x"]
     assert x["step"][:2] == [0, 30]
     assert x["gradient_evaluations"][1] == pytest.approx(31.5)

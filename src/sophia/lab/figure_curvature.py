@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sophia.lab.evidence import Evidence, Run, number
-from sophia.lab.figures import STYLE, colours
+from sophia.lab.figures import STYLE
+from sophia.lab.palette import looks
 
 __all__ = ["Course", "courses", "draw"]
 
@@ -80,7 +81,7 @@ def draw(evidence: Evidence) -> Figure | None:
     rows = courses(evidence)
     if not rows:
         return None
-    colour = colours(evidence)
+    colour = {name: look.light for name, look in looks(evidence.contenders).items()}
     with matplotlib.rc_context(STYLE):
         size = (10, 0.6 + 2.3 * len(rows))
         figure = Figure(figsize=size, layout="constrained", facecolor="white")

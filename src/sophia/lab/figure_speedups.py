@@ -9,9 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sophia.lab.figures import STYLE, colours
+from sophia.lab.figures import STYLE
 from sophia.lab.forest import HIGHEST, LOWEST
 from sophia.lab.noise import LEVEL
+from sophia.lab.palette import looks
 from sophia.lab.sentences import ratio_words
 from sophia.lab.speedup import Ratio
 from sophia.lab.statistics import Summary
@@ -24,7 +25,7 @@ def draw(summary: Summary) -> Figure | None:
     verdicts = [v for v in summary.verdicts if v.speedups]
     if not verdicts:
         return None
-    colour = colours(summary.evidence)
+    colour = {name: look.light for name, look in looks(summary.evidence.contenders).items()}
     count = sum(1 + len(v.speedups) for v in verdicts)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 0.9 + 0.22 * count), layout="constrained", facecolor="white")

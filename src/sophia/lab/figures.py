@@ -1,13 +1,13 @@
 """The picture of a comparison: validation loss during training, and end losses with the speed-up.
 
-Colours are Okabe and Ito's (distinguishable with the common colour-vision deficiencies); the baseline is
-dark and neutral. Lines are labelled where they end, so no legend has to be matched by colour.
+Lines are labelled where they end, with the contender's mark, so no legend has to be matched by colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -15,15 +15,17 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.path import Path as Corners
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
 from sophia.lab.evidence import Evidence, Run, number
+from sophia.lab.palette import Look, looks
 from sophia.lab.sentences import bound_words
 from sophia.lab.statistics import Summary
 
-BASELINE = "#2b2b2b"
-CONTENDERS = ("#d55e00", "#0072b2", "#009e73", "#b8578f", "#8a6d00", "#3a8fb7")
-"""Okabe and Ito's hues, the light ones darkened until they reach 3:1 on white."""
+Label = tuple[float, str, Look]
+"""Height, words, whose."""
 
 GREY = "#6b6b6b"
 STYLE: dict[str, Any] = {
@@ -42,18 +44,14 @@ STYLE: dict[str, Any] = {
 }
 
 
-def colours(evidence: Evidence) -> dict[str, str]:
-    """A colour for each contender; after six they repeat, and the labels tell."""
-    return {
-        c: BASELINE if i == 0 else CONTENDERS[(i - 1) % len(CONTENDERS)]
-        for i, c in enumerate(evidence.contenders)
-    }
-
-
 def draw(summary: Summary) -> Figure:
-    """The figure: 10 x 4.4 inches, readable at the width of a README."""
+    """The figure, readable at the width of a README: 10 x 4.4 inches, larger for more than six contenders,
+    whose labels take more room.
+    """
+    many = max(0, len(summary.evidence.contenders) - 6)
+    size = (10 + min(1.6, 0.4 * many), 4.4 + min(0.6, 0.15 * many) + 0.25 * max(0, many - 6))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         _training(left, summary)
         _end_losses(right, summary)
@@ -81,9 +79,9 @@ def _curve(run: Run) -> tuple[list[float], list[float]]:
 
 
 def _training(axes: Any, summary: Summary) -> None:
-    evidence, colour = summary.evidence, colours(summary.evidence)
+    evidence, look = summary.evidence, looks(summary.evidence.contenders)
     largest = max((r.steps for r in evidence.runs), default=1)
-    labels: list[tuple[float, str, str]] = []
+    labels: list[Label] = []
     late: list[float] = []
     for contender in evidence.contenders:
         for budget in sorted({r.steps for r in evidence.runs if r.contender == contender}):
@@ -93,11 +91,11 @@ def _training(axes: Any, summary: Summary) -> None:
                 steps, losses = _curve(run)
                 if len(steps) < 2:
                     continue
-                axes.plot(steps, losses, color=colour[contender], lw=0.7, alpha=0.4)
+                axes.plot(steps, losses, color=look[contender].light, lw=0.7, alpha=0.4)
                 if (
                     run.status == "diverged"
                 ):  # shown to its end, but neither in the mean nor in the range of the axis
-                    axes.plot(steps[-1], losses[-1], "x", ms=8, mew=2, color=colour[contender])
+                    axes.plot(steps[-1], losses[-1], "x", ms=8, mew=2, color=look[contender].light)
                     continue
                 curves.append((steps, losses))
                 late += [y for x, y in zip(steps, losses, strict=True) if x >= 0.15 * budget]
@@ -108,19 +106,19 @@ def _training(axes: Any, summary: Summary) -> None:
             axes.plot(
                 shared,
                 mean,
-                color=colour[contender],
+                color=look[contender].light,
                 lw=2.2 if full else 1.5,
                 ls="-" if full else (0, (4, 1.6)),
             )
             if full and shared[-1] > 0.9 * largest:
-                labels.append((mean[-1], f"{contender} {mean[-1]:.2f}", colour[contender]))
+                labels.append((mean[-1], f"{contender} {mean[-1]:.2f}", look[contender]))
     if late:
         low, high = min(late), max(late)
         axes.set_ylim(low - 0.06 * (high - low), high + 0.08 * (high - low))
     _target(axes, evidence)
     axes.set_xlim(0, largest * 1.0)
     place_labels(axes, largest, labels)
-    axes.set_xlabel("steps (solid: full budget, dashed: smaller budgets)")
+    axes.set_xlabel("steps (solid: full budget, dashed: smaller budgets)", loc="left")
     axes.set_title("Validation loss, nats a token", loc="left", fontsize=11, color="#333333")
 
 
@@ -143,54 +141,111 @@ def _target(axes: Any, evidence: Evidence) -> None:
     )
 
 
-def place_labels(axes: Any, x: float, labels: Sequence[tuple[float, str, str]]) -> None:
-    """Write each label right of its line's end, pushed apart where lines end together."""
+def place_labels(axes: Any, x: float, labels: Sequence[Label]) -> None:
+    """Write each label right of its line's end, behind the contender's mark. Where lines end together labels
+    are pushed apart, and a thin line leads to each.
+    """
     low, high = axes.get_ylim()
-    gap = 0.062 * (high - low)
-    ordered = sorted(labels)
-    wanted = [min(max(y, low), high) for y, _, _ in ordered]
-    for _ in range(
-        200
-    ):  # neighbours that overlap move apart by the same amount, so a group stays around its middle
-        for i in range(1, len(wanted)):
-            push = max(0.0, (gap - (wanted[i] - wanted[i - 1])) / 2)
-            wanted[i - 1], wanted[i] = wanted[i - 1] - push, wanted[i] + push
-    for y, (_, text, colour) in zip(wanted, ordered, strict=True):
+    ends = [min(max(y, low), high) for y, _, _ in labels]
+    places = spread(ends, low, high, gap=0.062 * (high - low))
+
+    def beside(points: float) -> Transform:
+        """Up in data; across in points from the right edge."""
+        right: Transform = axes.get_yaxis_transform()
+        return right + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+
+    for end, place, (_, text, look) in zip(ends, places, labels, strict=True):
+        axes.annotate(
+            "",
+            (x, end),
+            xytext=(1, place),
+            textcoords=beside(14),
+            arrowprops={"arrowstyle": "-", "color": look.light, "lw": 0.8, "shrinkA": 0, "shrinkB": 0},
+            annotation_clip=False,
+        )
+        axes.plot(
+            1, place, transform=beside(14), marker=marker(look), ms=8, mew=0, color=look.light, clip_on=False
+        )
         axes.annotate(
             text,
-            (x, y),
-            xytext=(6, 0),
-            textcoords="offset points",
+            (1, place),
+            xycoords=beside(22),
             va="center",
-            color=colour,
+            color=look.light,
             fontweight="bold",
             annotation_clip=False,
         )
 
 
+def marker(look: Look) -> Corners:
+    """The contender's shape, closed."""
+    return Corners([*look.shape, look.shape[0]], closed=True)
+
+
+def spread(wanted: Sequence[float], low: float, high: float, *, gap: float) -> list[float]:
+    """The places nearest to those wanted, in their order, at least ``gap`` apart and between low and high;
+    closer together if there are too many for that.
+
+    >>> spread([5.0, 5.0, 9.9], 0.0, 10.0, gap=1.0)
+    [4.5, 5.5, 9.9]
+    >>> spread([0.0, 0.1, 0.2], 0.0, 1.0, gap=2.0)
+    [0.0, 0.5, 1.0]
+    """
+    gap = min(gap, (high - low) / max(1, len(wanted) - 1))
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # Less its rank times the gap, a label has only to be no lower than the one below: neighbours that are
+    # form a group at their mean (isotonic regression, by pooling).
+    groups: list[list[float]] = []
+    for rank, i in enumerate(order):
+        groups.append([wanted[i] - rank * gap])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    top = high - (len(wanted) - 1) * gap
+    free = [min(max(fmean(group), low), top) for group in groups for _ in group]
+    found = [0.0] * len(wanted)
+    for rank, i in enumerate(order):
+        found[i] = free[rank] + rank * gap
+    return found
+
+
 def _end_losses(axes: Any, summary: Summary) -> None:
-    evidence, colour = summary.evidence, colours(summary.evidence)
+    evidence, look = summary.evidence, looks(summary.evidence.contenders)
     budgets = sorted({r.steps for r in evidence.runs})
-    labels: list[tuple[float, str, str]] = []
+    labels: list[Label] = []
     speedups = _speedups_for_labels(summary)
     for contender in evidence.contenders:
         rows = [r for r in summary.rows if r.contender == contender and r.loss is not None]
+        own = look[contender]
         for run in evidence.runs:
             loss = run.number("loss")
             if run.contender == contender and run.status == "finished" and loss is not None:
-                axes.plot(run.steps, loss, "o", ms=3, color=colour[contender], mew=0, zorder=4)
+                axes.plot(run.steps, loss, "o", ms=3, color=own.light, mew=0, zorder=4)
         if rows:
             steps, losses = [r.steps for r in rows], [r.loss for r in rows]
             smooth = contender == evidence.baseline and summary.curve is not None
-            axes.plot(steps, losses, "o", ms=8, mfc="white", mew=1.6, color=colour[contender], zorder=3)
-            if not smooth:
-                axes.plot(steps, losses, "-", lw=1.4, color=colour[contender])
-            labels.append(
-                (float(losses[-1] or 0.0), contender + speedups.get(contender, ""), colour[contender])
+            axes.plot(
+                steps,
+                losses,
+                ls="",
+                marker=marker(own),
+                ms=9,
+                mfc="white",
+                mew=1.6,
+                color=own.light,
+                zorder=3,
             )
+            if not smooth:
+                axes.plot(steps, losses, "-", lw=1.4, color=own.light)
+            labels.append((float(losses[-1] or 0.0), contender + speedups.get(contender, ""), own))
     if summary.curve is not None:
         dense = np.geomspace(budgets[0], budgets[-1], 60)
-        axes.plot(dense, [summary.curve.loss(float(d)) for d in dense], "-", lw=1.4, color=BASELINE)
+        axes.plot(
+            dense,
+            [summary.curve.loss(float(d)) for d in dense],
+            "-",
+            lw=1.4,
+            color=look[evidence.baseline].light,
+        )
     axes.set_xscale("log")
     if budgets:
         axes.xaxis.set_major_locator(FixedLocator(budgets))
@@ -199,11 +254,11 @@ def _end_losses(axes: Any, summary: Summary) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlim(budgets[0] / 1.12, budgets[-1] * 1.06)
         _target(axes, evidence)
-        place_labels(axes, budgets[-1] * 1.06, labels)
+        place_labels(axes, budgets[-1], labels)
     if not speedups:
-        _arrows(axes, summary, colour)
+        _arrows(axes, summary, look)
     starred = any(text.endswith("*") for text in speedups.values())
-    axes.set_xlabel("budget in steps" + ("  (* extrapolated)" if starred else ""))
+    axes.set_xlabel("budget in steps" + ("  (* extrapolated)" if starred else ""), loc="left")
     axes.set_title(
         "End loss of fully decayed runs, with the speed-up", loc="left", fontsize=11, color="#333333"
     )
@@ -223,7 +278,7 @@ def _speedups_for_labels(summary: Summary) -> dict[str, str]:
     }
 
 
-def _arrows(axes: Any, summary: Summary, colour: dict[str, str]) -> None:
+def _arrows(axes: Any, summary: Summary, look: dict[str, Look]) -> None:
     """From the contender's budget to the baseline's for the same loss, where that was measured."""
     if summary.curve is None:
         return
@@ -242,7 +297,7 @@ def _arrows(axes: Any, summary: Summary, colour: dict[str, str]) -> None:
             "",
             (end, row.loss),
             xytext=(row.steps, row.loss),
-            arrowprops={"arrowstyle": "->", "color": colour[verdict.contender], "lw": 1.3, "ls": "--"},
+            arrowprops={"arrowstyle": "->", "color": look[verdict.contender].light, "lw": 1.3, "ls": "--"},
         )
         axes.annotate(
             bound_words(ratio.value, ratio, unit="x"),
@@ -250,6 +305,6 @@ def _arrows(axes: Any, summary: Summary, colour: dict[str, str]) -> None:
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
-            color=colour[verdict.contender],
+            color=look[verdict.contender].light,
             fontsize=10,
         )

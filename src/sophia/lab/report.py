@@ -24,6 +24,7 @@ from sophia.lab.evidence import Evidence, Run, number
 from sophia.lab.files import write_atomically
 from sophia.lab.forest import TICKS, WIDTH, bar
 from sophia.lab.noise import LEVEL
+from sophia.lab.palette import css, looks
 from sophia.lab.quotation import quotation
 from sophia.lab.searched import edges, unsearched
 from sophia.lab.sentences import difference_words, heading, ratio_words, route_sentence, spent_sentence
@@ -69,6 +70,8 @@ def render(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     vendor, templates = HERE / "vendor" / "uplot", HERE / "templates"
     scripts = [_inline(vendor / "uPlot.iife.min.js"), *(_inline(templates / name) for name in SCRIPTS)]
     styles = [_inline(vendor / "uPlot.min.css"), _inline(templates / "report.css")]
+    look = looks(summary.evidence.contenders)
+    styles.append(Markup(css(look)))
     environment = Environment(
         loader=FileSystemLoader(templates),
         autoescape=True,
@@ -78,20 +81,16 @@ def render(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     )
     environment.filters |= {"count": count, "short": short}
     evidence = summary.evidence
-    colour = figures.colours(evidence)
     page = environment.get_template("report.html.j2").render(
         summary=summary,
         evidence=evidence,
         policy=_policy(scripts, styles),
         scripts=scripts,
         styles=styles,
-        data=_json(page_data(evidence, colour, summary.curve)),
+        data=_json(page_data(evidence, look, summary.curve)),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
         licence=(vendor / "LICENSE").read_text(encoding="utf-8"),
-        slot={
-            c: "base" if i == 0 else f"c{(i - 1) % len(figures.CONTENDERS) + 1}"
-            for i, c in enumerate(evidence.contenders)
-        },
+        slot={name: own.slot for name, own in look.items()},
         bar=bar,
         ticks=TICKS,
         width=WIDTH,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sophia.lab.evidence import Evidence, Row, Run, number
+from sophia.lab.palette import Look
 from sophia.lab.speedup import Curve
 
 AXES = {
@@ -47,14 +48,16 @@ SMOOTHING = 0.04
 """Width of the moving average of the training loss, as a share of the run."""
 
 
-def page_data(evidence: Evidence, colours: dict[str, str], curve: Curve | None = None) -> dict[str, Any]:
+def page_data(evidence: Evidence, look: dict[str, Look], curve: Curve | None = None) -> dict[str, Any]:
     """Everything the page's scripts draw, as plain JSON values without NaN or infinity. ``curve`` is the
     baseline's, through its end losses.
     """
     metrics = _metrics(evidence)
     return {
         "baseline": evidence.baseline,
-        "contenders": [{"name": c, "colour": colours[c]} for c in evidence.contenders],
+        "contenders": [
+            {"name": c, "slot": look[c].slot, "shape": look[c].shape} for c in evidence.contenders
+        ],
         "axes": AXES,
         "metrics": metrics,
         "target": evidence.target,

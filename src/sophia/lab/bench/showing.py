@@ -82,15 +82,15 @@ def draw(record: Record) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    from sophia.lab.figures import BASELINE, CONTENDERS, GREY
+    from sophia.lab.figures import GREY
+    from sophia.lab.palette import BASELINE, COLOURS
 
     rows = {name: row for name, row in record["rows"].items() if "missing" not in row}
     figure = Figure(figsize=(11, 1.3 + 0.34 * len(rows)), layout="constrained", facecolor="white")
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1, 1, 0.8))
     for place, (name, row) in enumerate(rows.items()):
-        colour = (
-            BASELINE if name == REFERENCE else CONTENDERS[0] if name.startswith("sophia") else CONTENDERS[1]
-        )
+        own = BASELINE if name == REFERENCE else COLOURS[0] if name.startswith("sophia") else COLOURS[1]
+        colour = own[0]  # on light paper
         step, training = row["step"], row["training_step"]
         left.plot([step["low"], step["high"]], [place] * 2, color=colour, lw=1.4)
         left.plot(step["median"], place, "o", color=colour, ms=6)

@@ -3,7 +3,7 @@
 const lab = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = id => document.getElementById(id);
-  const slots = Object.fromEntries(data.contenders.map((c, i) => [c.name, i ? "c" + ((i - 1) % 6 + 1) : "base"]));
+  const slots = Object.fromEntries(data.contenders.map(c => [c.name, c.slot]));
   const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colour = name => style("--" + slots[name]);
   const unique = values => [...new Set(values)];
@@ -54,6 +54,19 @@ const lab = (() => {
     c.restore();
   };
 
+  // A contender's mark around a place of the canvas, filled with the paper's colour or its own.
+  const shapes = Object.fromEntries(data.contenders.map(c => [c.name, c.shape]));
+  const mark = (u, name, x, y, radius, fill) => {
+    const c = u.ctx, size = radius * devicePixelRatio, left = u.valToPos(x, "x", true), top = u.valToPos(y, "y", true);
+    c.save();
+    c.beginPath();
+    shapes[name].forEach(([a, b]) => c.lineTo(left + a * size, top - b * size));
+    c.closePath();
+    c.fillStyle = fill; c.strokeStyle = colour(name); c.lineWidth = 1.75 * devicePixelRatio; c.setLineDash([]);
+    c.fill(); c.stroke();
+    c.restore();
+  };
+
   // A chart in its box: drawn again when the colours change, resized with the page, walked along by the arrow keys.
   // `describe` gives {options, table, tell} or {empty: words}; tell(x) puts words of the place x, tell(Infinity) of the end.
   function place(box, describe) {
@@ -96,5 +109,5 @@ const lab = (() => {
     return tables.length > 1 ? uPlot.join(tables) : tables[0];
   };
 
-  return {data, at, slots, style, colour, budgets, seeds, font, node, swatch, group, large, precise, plain, axis, height, across, place, joined};
+  return {data, at, slots, style, colour, budgets, seeds, font, node, swatch, group, large, precise, plain, axis, height, across, mark, place, joined};
 })();

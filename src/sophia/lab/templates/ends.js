@@ -19,7 +19,7 @@
       }
       const mean = cells.map(([b, ys]) => [b, ys.reduce((a, y) => a + y, 0) / ys.length, ys.length]);
       const fitted = name === data.baseline && data.fit;
-      add(mean, {stroke, width: fitted ? 0 : 1.5, dash: fitted ? undefined : [7, 4], points: {show: true, size: 9, fill: lab.style("--paper"), width: 1.75}});
+      add(mean, {stroke, width: fitted ? 0 : 1.5, dash: fitted ? undefined : [7, 4], points: {show: false}});
       means.push([name, mean]);
     });
     if (!lines.length) return {empty: "No run has finished yet."};
@@ -37,7 +37,7 @@
         ],
         series,
         cursor: {points: {show: false}, y: false, drag: {x: false, y: false}},
-        hooks: {draw: [u => { if (data.target !== null) lab.across(u, data.target, `target ${data.target}`); }]},
+        hooks: {draw: [u => means.forEach(([name, mean]) => mean.forEach(([b, y]) => lab.mark(u, name, b, y, 4.5, lab.style("--paper")))), u => { if (data.target !== null) lab.across(u, data.target, `target ${data.target}`); }]},
       },
       table: lab.joined(lines),
       tell: x => {
