@@ -2,15 +2,15 @@
 
     python benchmarks/refresh_cost.py [--size small|wide] [--threads N] [--rounds N] [--json FILE]
 
-One model trains with AdamW and one with Sophia, on one batch, in one process, turn about; every second step of
-Sophia renews h. A whole training step strays by more than what is to be found, so its parts are timed, and
+One model trains with AdamW and one with Sophia, on one batch, in one process, turn about; every second step
+of Sophia renews h. A whole training step strays by more than what is to be found, so its parts are timed:
 
     ratio = 1 + ( S - A + (R + L) / k ) / (F + A),      k = 10,
 
-F forward, backward and clipping with AdamW; A its step; S a step of Sophia without a refresh; R what a refresh
-adds to it; L the hooks that watch the forward and backward before a refresh. Each is the median of the rounds.
-Forward, backward and clipping are taken to cost both the same; "whole" is the ratio without that, of the times
-of whole steps, and the control that of AdamW against itself: how far it may stray.
+F forward, backward and clipping with AdamW; A its step; S a step of Sophia without a refresh; R what a
+refresh adds to it; L the hooks that watch the forward and backward before a refresh; medians over the rounds.
+Forward, backward and clipping are taken to cost both the same; "whole" is the ratio without that, of the
+times of whole steps, and the control that of AdamW against itself: how far it may stray.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
-        # A thread that waits for another one would spin, and its seconds count. OpenMP reads this as it loads.
+        # A thread that waits for another one spins, and its seconds count. OpenMP reads this as it loads.
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     torch.set_num_threads(options.threads)
