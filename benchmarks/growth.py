@@ -4,9 +4,10 @@
 
 The step: nanoseconds of processor time a parameter, for Sophia and for ``AdamW(fused=True)``, at each size in
 millions of parameters, one thread. All sizes are parts of the same four arrays and take turns. Before every
-step the caches are filled with something else, as a forward and backward would do (the 16 MB of 1M parameters
-would else come out of the cache), and a step of 1000 parameters brings the program itself back. What that one
-costs, with the program out of the cache, is told apart: it is the same at any size. 500M parameters need 8 GB.
+step the caches are filled with something else, as a forward and backward would do (the 16 MB of 1M
+parameters would else come out of the cache), and a step of 1000 parameters brings the program itself back.
+What that one costs, with the program out of the cache, is told apart: it is the same at any size. 500M
+parameters need 8 GB.
 
 The refresh: one small model has trained 3000 steps, another 30; steps with a refresh of both, turn about.
 """
@@ -24,7 +25,6 @@ from torch.nn import functional as F
 
 from sophia import Sophia
 from sophia.lab import environment
-
 
 SMALL = 1000
 

@@ -17,13 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import gpt
 import torch
+from threads import waiting_costs_nothing
 from torch.nn import functional as F
 
 from sophia import Sophia, attach
@@ -121,10 +121,7 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="*", choices=sorted(FRACTIONS), default=["1/8", "1/2", "1/16"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if options.threads > 1 and "OMP_WAIT_POLICY" not in os.environ:
-        # A thread that waits for another one spins, and its seconds count. OpenMP reads this as it loads.
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    waiting_costs_nothing(options.threads)
     torch.set_num_threads(options.threads)
     listening = Listening()
     reference = Trainer(options.size, adamw)

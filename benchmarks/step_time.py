@@ -7,6 +7,9 @@ mean of the two A: a machine that slows down slows both. The control is AdamW ag
 Gradients are set once; only ``step()`` is timed, without refreshes (see refresh_cost.py). Limit by words
 moved: 6 to 7, 0.857; with bfloat16 m and h 18 bytes to 28, 0.643.
 
+With several threads those of OpenMP are told to sleep while they wait (see threads.py): else AdamW's seconds
+are mostly waiting where the machine has other work.
+
 The record also has the first step of a new process (from ``import sophia`` to its end, in seconds of the
 clock), the nanoseconds a parameter, and the bytes of state a parameter.
 """
@@ -14,7 +17,6 @@ clock), the nanoseconds a parameter, and the bytes of state a parameter.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,8 +24,10 @@ import time
 from pathlib import Path
 
 import torch
+from threads import waiting_costs_nothing
 
 from sophia import Sophia
+from sophia.lab import environment
 
 
 def shapes(size: str) -> list[tuple[int, ...]]:
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods whose name contains this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    waiting_costs_nothing(options.threads)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     reference = torch.optim.AdamW(parameters(options.size), fused=True)
@@ -181,19 +186,14 @@ def main() -> None:
         del opt
         print(f"{name:38s} {statistics.median(ratios):6.3f}   ({low:.3f} to {high:.3f})", flush=True)
     if options.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
         record = {
             "size": options.size,
             "parameters": count,
             "threads": options.threads,
             "rounds": options.rounds,
             "unit": "CPU seconds of a step over those of AdamW(fused=True), median of A B A rounds",
-            "torch": torch.__version__,
-            "machine": platform.machine(),
             "date": time.strftime("%Y-%m-%d"),
-            "commit": commit.stdout.strip(),
+            "environment": environment.describe(threads=options.threads, device="cpu"),
             "load_of_the_machine": os.getloadavg()[0],
             "first_step_seconds": first_step(),
             "rows": rows,
