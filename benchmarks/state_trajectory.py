@@ -3,9 +3,9 @@
     python benchmarks/state_trajectory.py OUT.jsonl [--steps 400] [--seeds 1 2 3 4 5]
 
 Sophia-G with the settings of the "quick" preset (0.7M parameters, 16 x 64 tokens a step), with state in
-float32 and in bfloat16. A run's loss is the held-out loss at its end. Appends a line for each run to OUT.jsonl;
-a run that is in the file is not made again.
-Prints the differences from float32 with 90% intervals (Student's t over the seeds).
+float32 and in bfloat16. A run's loss is the held-out loss at its end. Appends a line for each run to
+OUT.jsonl; a run that is in the file is not made again. Prints the differences from float32 with 90% intervals
+(Student's t over the seeds).
 """
 
 import argparse

@@ -69,6 +69,38 @@ class Counting:
         return graph.forward
 
 
+@LOOKS_AT_GRAD
+@pytest.mark.parametrize(("fraction", "micro_batches"), [(1.0, 1), (0.5, 1), (0.125, 1), (0.5, 2)])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_no_graph_is_compiled_after_the_first_refresh(fraction, micro_batches, in_place):
+    """A part of the rows is another shape: each refresh would compile the model again, a minute each time."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = GPT(layers=1)
+    if in_place:
+        model.compile(backend=compiler)
+    else:
+        model = torch.compile(model, backend=compiler)
+    opt = Sophia(model, lr=1e-3, update_every=2, fraction=fraction)
+    made = []
+    with watching() as steps:
+        for number in range(7):
+            for part in range(micro_batches):
+                model(*data(8, seed=10 * number + part))[1].backward()
+            opt.step()
+            opt.zero_grad()
+            made.append(len(graphs))
+    torch._dynamo.reset()
+    assert refreshed(steps) == [0, 2, 4, 6]
+    assert made[0] > 0, "the model was not compiled at all"
+    assert made == made[:1] * 7
+
+
 class Small(nn.Module):
     """Three parameters: tracing a step takes a time in proportion to their number."""
 

@@ -141,11 +141,12 @@ INLINE uint32_t noise_of(uint64_t key, uint32_t element) {
     const REAL decay = (REAL)settings->decay, gamma = (REAL)settings->gamma, ahead = (REAL)settings->ahead;     \
     const REAL bottom = (REAL)least;                                                                            \
     const int looks = settings->ahead != 0; /* the compiler makes a loop for each answer */                     \
+    uint32_t element = 0; /* beside i: an index of 64 bits would have to be narrowed in every vector */         \
     for (int64_t i = 0; i < n; ++i) {                                                                           \
-      const uint32_t noise = noise_of(key, (uint32_t)i); /* not computed where it is not used */                \
+      const uint32_t noise = noise_of(key, element++); /* not computed where it is not used */                  \
       const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi;                                   \
       const REAL u = looks ? b1 * mi + ahead * gi : mi;                                                         \
-      const REAL size = u < 0 ? -u : u;                                                                         \
+      const REAL size = (REAL)fabs(u);                                                                          \
       REAL d = gamma * FROM_STATE(h[i]);                                                                        \
       d = d > bottom ? d : bottom;                                                                              \
       d = size > d ? size : d;                                                                                  \
