@@ -107,6 +107,44 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(short, tmp_path):
     assert any(json.loads(a[-1])["from_step"] > 0 for a in attempts if len(a) == 2)
 
 
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_what_is_killed_goes_on_with_the_same_command_and_redoes_nothing(
+    command, short, text_file, tmp_path, capsys
+):
+    """Else a machine that goes down would cost the runs that had ended, or end them with other numbers."""
+    more = {"compare": ["--budgets", 150], "sweep": ["lion", "--trials", 4]}[command]
+    if command == "sweep":
+        pytest.importorskip("optuna")
+        short = ["sweep", "--preset", "tiny", "--data", text_file, "--workers", 1, "--out", tmp_path / "c"]
+    arguments = [*short, *more]
+    process = sophia(*arguments, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (ended := list((tmp_path / "c").glob("runs/*/result.json"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # as if the power had failed: the workers too
+    process.communicate(timeout=60)
+    before = {path.parent: {f: f.read_bytes() for f in path.parent.iterdir()} for path in ended}
+    everything = {"compare": 2, "sweep": 8}[command]
+    assert 0 < len(before) < everything, "it was killed on its way"
+
+    cli.main([str(a) for a in arguments])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "have ended before" in said or "has ended before" in said
+    assert len(list((tmp_path / "c").glob("runs/*/result.json"))) == everything
+    for folder, files in before.items():
+        assert {f: f.read_bytes() for f in folder.iterdir()} == files, "a finished run was touched"
+
+    whole = tmp_path / "whole"
+    cli.main([str(whole if a == tmp_path / "c" else a) for a in arguments])
+    for path in whole.glob("runs/*/result.json"):
+        one, other = (json.loads((f / "runs" / path.parent.name / "result.json").read_text())
+                      for f in (whole, tmp_path / "c"))  # fmt: skip
+        assert one["loss"] == other["loss"]
+    if command == "sweep":
+        assert (whole / "trials.jsonl").read_text() == (tmp_path / "c" / "trials.jsonl").read_text()
+        assert (whole / "tuned.toml").read_text() == (tmp_path / "c" / "tuned.toml").read_text()
+
+
 def test_resume_refuses_to_begin(short, tmp_path, capsys):
     """Else a misspelt folder would start hours of work anew."""
     for command in (

@@ -97,7 +97,7 @@ def test_half_the_steps_wasted_is_a_speedup_of_one_half(seeds, budgets) -> None:
     planted = Planted(efficiency=HALF, seeds=range(seeds), budgets=budgets)
     rng = np.random.default_rng(7)
     found = []
-    for _ in range(40):
+    for _ in range(REPETITIONS):
         ends = planted_ends(planted, rng)
         noise = pooled_noise(ends)
         curve = curve_of(ends, "adamw", noise)
@@ -109,7 +109,9 @@ def test_half_the_steps_wasted_is_a_speedup_of_one_half(seeds, budgets) -> None:
         assert ratio.verdict == "slower"
         found.append(ratio)
     assert np.median([r.value for r in found]) == pytest.approx(0.5, abs=0.01)
-    assert np.mean([r.low <= 0.5 <= r.high for r in found]) >= 0.8  # 90% less 2.1 standard deviations at 40
+    covered = np.mean([r.low <= 0.5 <= r.high for r in found])
+    # Two budgets do not tell the exponent, and the interval is wider by all that it could be.
+    assert COVERED[0] <= covered <= (COVERED[1] if len(budgets) > 2 else 1)
 
 
 def test_the_speedup_includes_one_exactly_when_the_loss_interval_includes_zero() -> None:

@@ -37,7 +37,8 @@ def machine(monkeypatch):
     state = {"left": math.inf, "done": [], "rounds": []}
 
     def execute(configs, runs, **options):
-        state["rounds"].append([config.optimizer.contender for config in configs])
+        left = [config for config in configs if Record(runs, config).result() is None]
+        state["rounds"] += [[config.optimizer.contender for config in left]] if left else []
         for config in configs:
             if Record(runs, config).result() is not None:
                 continue
@@ -93,11 +94,11 @@ def test_the_rounds_that_are_forecast_are_those_that_come(stop, machine, tmp_pat
     with pytest.raises(Stopped):
         do(tmp_path)
     machine["left"], machine["rounds"] = math.inf, []
-    foreseen = search.rounds(SPACES, RULE, tmp_path)
+    foreseen = search.rounds(SPACES, trial, RULE, tmp_path)
     do(tmp_path)
     assert foreseen == machine["rounds"]
-    assert search.rounds(SPACES, RULE, tmp_path) == []
-    fresh = search.rounds(SPACES, RULE, tmp_path / "fresh")
+    assert search.rounds(SPACES, trial, RULE, tmp_path) == []
+    fresh = search.rounds(SPACES, trial, RULE, tmp_path / "fresh")
     assert fresh == [["adamw", "lion"] * 3, *[["adamw", "lion"]] * 4]
 
 

@@ -105,21 +105,32 @@ def search(
     ]
 
 
-def rounds(spaces: Mapping[str, Space], rule: Search, folder: Path) -> list[list[str]]:
+def rounds(
+    spaces: Mapping[str, Space],
+    make_run: Callable[[str, Mapping[str, Setting]], Run],
+    rule: Search,
+    folder: Path,
+) -> list[list[str]]:
     """The contender of every trial that is left, in the order of the trials; a round begins when the one
-    before has ended.
+    before has ended. Arguments are those of `search`.
     """
     ended = dict.fromkeys(spaces, 0)
+    run = dict.fromkeys(spaces, 0)  # trials whose run has ended, while others of their round have not
     if (folder / "journal.log").exists():
-        for study in optuna.get_all_study_summaries(_storage(folder)):
-            trials = optuna.load_study(study_name=study.study_name, storage=_storage(folder)).trials
-            ended[study.study_name] = sum(trial.state.is_finished() for trial in trials)
+        storage = _storage(folder)
+        for study in optuna.get_all_study_summaries(storage):
+            name = study.study_name
+            trials = optuna.load_study(study_name=name, storage=storage).trials
+            ended[name] = sum(trial.state.is_finished() for trial in trials)
+            begun = [_point(spaces[name], t.params) for t in trials if t.state == TrialState.RUNNING]
+            run[name] = sum(Record(folder / "runs", make_run(name, p)).result() is not None for p in begun)
     found = []
     while any(count < rule.trials for count in ended.values()):
         wanted = {name: _wanted(count, rule) for name, count in ended.items()}
-        most = max(wanted[name] - count for name, count in ended.items())
-        found.append([n for turn in range(most) for n, count in ended.items() if turn < wanted[n] - count])
-        ended = wanted
+        left = {name: wanted[name] - count - run[name] for name, count in ended.items()}
+        if any(left.values()):
+            found.append([n for turn in range(max(left.values())) for n in left if turn < left[n]])
+        ended, run = wanted, dict.fromkeys(spaces, 0)
     return found
 
 

@@ -80,8 +80,9 @@ def sweep(
     freezing.begun(folder, begun, resume=resume, what="sweep")
     total = protocol.search.trials * len(spaces)
     at_once = min(workers or (1 if device == "cuda" else cores()), total)
+    left = rounds(spaces, trial, protocol.search, folder)
     if forecast:
-        _foresee(typical, rounds(spaces, protocol.search, folder), folder, total, at_once, console)
+        _foresee(typical, left, folder, total, at_once, console)
         return folder
     with locked(folder, what="sweep"):
         freezing.write(folder, frozen)
@@ -94,7 +95,7 @@ def sweep(
         for line in tracked.words():
             console.print(line, highlight=False, soft_wrap=True)
         try:
-            _foresee(typical, rounds(spaces, protocol.search, folder), folder, total, at_once, console)
+            _foresee(typical, left, folder, total, at_once, console)
             trials = search(
                 spaces,
                 trial,
