@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from sophia.lab.errors import LabError, UsageError
 
-__all__ = ["Finding", "audit", "conclusion"]
+__all__ = ["Finding", "Problem", "audit", "conclusion"]
 
 SEQUENCES, LENGTH, WIDTH, CLASSES, PARTS = 16, 16, 6, 5, 8
 BETA2, REFRESHES = 0.99, 800  # the sum of h then has a relative standard deviation of 3%
@@ -63,7 +63,7 @@ class Finding:
         return f"h is {self.ratio:.3g} times the curvature"
 
 
-class _Problem(nn.Module):
+class Problem(nn.Module):
     """Tokens ``x`` (SEQUENCES, LENGTH, WIDTH), a linear softmax model, and training labels that are not its
     own.
     """
@@ -108,32 +108,32 @@ _ROWS = [slice(i * SEQUENCES // PARTS, (i + 1) * SEQUENCES // PARTS) for i in ra
 class _Case:
     name: str
     right: bool
-    loop: Callable[[_Problem, Any], None]
+    loop: Callable[[Problem, Any], None]
     padded: bool = False
     predictions: int | None = _B
     """B that the loop hands to ``step(bs=...)``, if step takes one; None to leave its default."""
 
 
-def _plain(problem: _Problem, opt: Any) -> None:
+def _plain(problem: Problem, opt: Any) -> None:
     problem.training_loss().backward()
     opt.step()
     opt.zero_grad()
 
 
-def _create_graph(problem: _Problem, opt: Any) -> None:
+def _create_graph(problem: Problem, opt: Any) -> None:
     problem.training_loss().backward(create_graph=True)
     opt.step()
     opt.zero_grad()
 
 
-def _accumulated(problem: _Problem, opt: Any) -> None:
+def _accumulated(problem: Problem, opt: Any) -> None:
     for rows in _ROWS:
         (problem.training_loss(rows) / PARTS).backward()
     opt.step()
     opt.zero_grad()
 
 
-def _scaled(problem: _Problem, opt: Any) -> None:
+def _scaled(problem: Problem, opt: Any) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     scaler.scale(problem.training_loss()).backward()
     scaler.step(opt)
@@ -150,10 +150,10 @@ LOOPS = (
 """For classes that refresh by themselves: every one of these loops should give the curvature."""
 
 
-def _by_hand(gradient: Callable[[_Problem, Any], None]) -> Callable[[_Problem, Any], None]:
+def _by_hand(gradient: Callable[[Problem, Any], None]) -> Callable[[Problem, Any], None]:
     """The calls of the official repository: backward of a sampled loss, then ``update_hessian()``."""
 
-    def loop(problem: _Problem, opt: Any) -> None:
+    def loop(problem: Problem, opt: Any) -> None:
         gradient(problem, opt)
         opt.update_hessian()
         opt.zero_grad()
@@ -161,12 +161,12 @@ def _by_hand(gradient: Callable[[_Problem, Any], None]) -> Callable[[_Problem, A
     return loop
 
 
-def _sum_of_parts(problem: _Problem, opt: Any) -> None:
+def _sum_of_parts(problem: Problem, opt: Any) -> None:
     for rows in _ROWS:
         problem.sampled_loss(rows).backward()
 
 
-def _square_of_each(problem: _Problem, opt: Any) -> None:
+def _square_of_each(problem: Problem, opt: Any) -> None:
     for rows in _ROWS[:-1]:
         problem.sampled_loss(rows).backward()
         opt.update_hessian()
@@ -224,7 +224,7 @@ def audit(
 
 
 def _run(case: _Case, make: Callable[..., Any], refreshes: int) -> Finding:
-    problem = _Problem(padded=case.padded)
+    problem = Problem(padded=case.padded)
     try:
         opt = _build(make, problem)
     except UsageError:
@@ -246,7 +246,7 @@ def _run(case: _Case, make: Callable[..., Any], refreshes: int) -> Finding:
     return Finding(case.name, case.right, float(found.sum() / truth.sum()), correlation)
 
 
-def _build(make: Callable[..., Any], problem: _Problem) -> Any:
+def _build(make: Callable[..., Any], problem: Problem) -> Any:
     names = inspect.signature(make).parameters
     settings: dict[str, Any] = {"lr": 1.0, "betas": (0.0, BETA2), "weight_decay": 0.0}
     settings = {name: value for name, value in settings.items() if name in names}
@@ -266,7 +266,7 @@ def _build(make: Callable[..., Any], problem: _Problem) -> Any:
     return opt
 
 
-def _curvature(problem: _Problem, opt: Any, case: _Case) -> Tensor | None:
+def _curvature(problem: Problem, opt: Any, case: _Case) -> Tensor | None:
     """The h that the step uses, or None if every coordinate moves by the full learning rate."""
     weight = problem.linear.weight
     weight.data.zero_()  # so that the smallest move is seen in full precision
