@@ -418,13 +418,43 @@ def test_the_page_lives_in_a_browser(tmp_path: Path) -> None:
         assert set(tab.requests) == {address}
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; the page is checked as text only")
+def test_a_dozen_contenders_fit_on_the_page_and_look_different(tmp_path: Path) -> None:
+    """If this fails a comparison of many runs out of the screen, or shows two contenders alike."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    names = [f"{'sophia' if i > 8 else 'rival'}-of-long-name-{i}" if i else "adamw" for i in range(12)]
+    planted = Planted(efficiency={name: 1 - 0.02 * i for i, name in enumerate(names)}, budgets=(300, 600))
+    address = write_report(write_comparison(folder, planted)).html.as_uri()
+    looks_of = """[...document.querySelectorAll('#contenders .swatch')].map(mark => {
+      const style = getComputedStyle(mark);
+      return style.backgroundColor + style.clipPath;
+    })"""
+    with chromium(tmp_path / "profile") as tab:
+        for width, height, options in (
+            (1280, 900, {}),
+            (1280, 900, {"dark": True}),
+            (390, 844, {"phone": True}),
+            (390, 844, {"phone": True, "dark": True}),
+        ):
+            tab.screen(width, height, **options)
+            tab.open(address)
+            assert tab.value("document.documentElement.scrollWidth") <= width, "it runs out of the screen"
+            assert all(tab.value(INKED)), "a chart is blank"
+            seen_there = tab.value(looks_of)
+            assert len(seen_there) == len(set(seen_there)) == 12
+            assert tab.value("document.documentElement.dataset.curves") == "24"
+        assert tab.complaints == []
+        assert set(tab.requests) == {address}
+
+
 INKED = """[...document.querySelectorAll('canvas')].map(canvas => {
   const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
   let coloured = 0;  // grid and words are grey; curves are not, but for the baseline's
   for (let i = 0; i < pixels.length; i += 4)
     {
       const colours = pixels.slice(i, i + 3);
-      coloured += pixels[i + 3] > 60 && Math.max(...colours) - Math.min(...colours) > 60;
+      coloured += pixels[i + 3] > 60 && Math.max(...colours) - Math.min(...colours) > 40;
     }
   return coloured > 100;
 })"""
