@@ -9,8 +9,8 @@ from sophia.lab import models
 from sophia.lab.config import Model
 
 
-def _cell(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = models.build(Model(layers=2, width=96, heads=4, context=64, vocabulary=4096), seed=1)
+def _cell(batch: int, *, layers: int = 2, width: int = 96) -> tuple[nn.Module, dict[str, Tensor]]:
+    model = models.build(Model(layers=layers, width=width, heads=4, context=64, vocabulary=4096), seed=1)
     ids = torch.randint(4096, (batch, 64), generator=torch.Generator().manual_seed(1))
     return model, {"input_ids": ids, "labels": ids}
 
@@ -23,3 +23,8 @@ def half_million() -> tuple[nn.Module, dict[str, Tensor]]:
 def large_batch() -> tuple[nn.Module, dict[str, Tensor]]:
     """0.6M parameters, 8,192 tokens a step."""
     return _cell(128)
+
+
+def million() -> tuple[nn.Module, dict[str, Tensor]]:
+    """1.1M parameters, 1,024 tokens a step."""
+    return _cell(16, layers=3, width=128)
