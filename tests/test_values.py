@@ -196,7 +196,7 @@ def test_model_decays_matrices_only():
 
 
 SIGNATURE = """model_or_params, lr=0.0006, betas=None, gamma=None, eps=1e-12, weight_decay=0.1, *,
-model=None, rule='paper', damping=0.5, update_every=10, fraction=0.5, estimator='gnb',
+model=None, rule='paper', damping=0.5, update_every=10, fraction=0.125, estimator='gnb',
 likelihood='categorical', mode='replay', seed=0, logits_fn=None, mask_fn=None, copy_inputs=False,
 process_group=None, state_dtype=torch.float32, stochastic_rounding=False, maximize=False,
 foreach=None, fused=None, capturable=False, differentiable=False"""

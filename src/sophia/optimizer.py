@@ -65,7 +65,9 @@ class Sophia(torch.optim.Optimizer):
             whole tensors: no sharded ones.
         damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``.
         update_every: k, steps between two refreshes.
-        fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses.
+        fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
+            at least one. The paper takes a half; an eighth trained no worse, at a quarter of the cost
+            (``sophia experiment fraction``).
         estimator: ``"gnb"``, ``"hutchinson"``, ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"``, a
             ``sophia.likelihoods.Likelihood``, or ``sophia.likelihoods.Heads`` for several outputs.
@@ -98,8 +100,8 @@ class Sophia(torch.optim.Optimizer):
     ...     opt.zero_grad()
     ...     nn.functional.cross_entropy(model(x), y).backward()
     ...     opt.step()
-    >>> opt.stats()["refreshes"], opt.stats()["B"]          # step 0 refreshed h, from half of the four rows
-    (1.0, 2.0)
+    >>> opt.stats()["refreshes"], opt.stats()["B"]          # step 0 refreshed h, from one of the four rows
+    (1.0, 1.0)
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Sophia(torch.optim.Optimizer):
         rule: str = "paper",
         damping: float = 0.5,
         update_every: int = 10,
-        fraction: float = 0.5,
+        fraction: float = 1 / 8,
         estimator: str | Estimator = "gnb",
         likelihood: str | Likelihood | Heads = "categorical",
         mode: str = "replay",

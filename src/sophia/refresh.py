@@ -71,7 +71,7 @@ class Refresher:
 
     def __init__(self, estimator: Estimator, *, fraction: float, group: Any) -> None:
         self.estimator, self.fraction, self.group = estimator, fraction, group
-        self._rows_work = True
+        self._least_rows: int | None = 1  # None: the model runs on whole batches alone
 
     def replay(self, recorder: Recorder, parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
         """Estimate the curvature from the recorded forwards.
@@ -87,7 +87,7 @@ class Refresher:
         def chosen() -> list[Replay]:
             check_recorded(recorder, step)
             check_ownership(parameters, recorder.model)
-            return choose(recorder, fraction=self.fraction, key=key, rows_work=self._rows_work)
+            return choose(recorder, fraction=self.fraction, key=key, least_rows=self._least_rows)
 
         with (
             sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")),
@@ -108,7 +108,10 @@ class Refresher:
                             self._context(parameters, batches, counts, (seed, step), meeting)
                         )
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
-                    self._take_whole_batches(recorder.model, ranks, reason)
+                    if self._least_rows == 1 and not ranks.lockstep:
+                        self._least_rows = 2  # a single row has no variance: BatchNorm refuses it
+                    else:
+                        self._take_whole_batches(recorder.model, ranks, reason)
                 for parameter in parameters:
                     parameter.grad = None
 
@@ -119,7 +122,7 @@ class Refresher:
                 f"{said}, and a sharded forward that was left half-way cannot be begun again. Pass "
                 "fraction=1.0: then a refresh takes the whole batch"
             ) from reason
-        self._rows_work = False
+        self._least_rows = None
         warnings.warn(
             f"{said}: every refresh takes the whole batch from now on. Pass fraction=1.0 to mean it",
             SophiaWarning,

@@ -105,7 +105,7 @@ class Replay:
 
 
 def choose(
-    recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], rows_work: bool
+    recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], least_rows: int | None
 ) -> list[Replay]:
     """The part of the recordings that a refresh runs again.
 
@@ -113,7 +113,7 @@ def choose(
         recorder: holds the recordings since the last step.
         fraction: of the micro-batches, rounded up; of the rows if there is one micro-batch only.
         key: (seed, step, rank), from which the noise of each micro-batch is made.
-        rows_work: whether a part of the rows may be taken at all.
+        least_rows: fewest rows to take of a single micro-batch; None for all of them.
     """
     recordings = recorder.recordings
     # Where a backward came through some, the others never entered the loss (a validation without eval()).
@@ -128,9 +128,9 @@ def choose(
     single = len(recordings) == 1
     recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
     rows: int | None = None
-    if fraction < 1 and single and rows_work:
+    if fraction < 1 and single and least_rows is not None:
         batch = _batch(recordings[0])
-        rows = max(1, int(fraction * batch)) if batch > 1 else None
+        rows = max(least_rows, int(fraction * batch)) if batch > least_rows else None
     return [_replay(recorder, recording, rows, (*key, micro)) for micro, recording in enumerate(recordings)]
 
 

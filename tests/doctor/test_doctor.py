@@ -48,7 +48,7 @@ def test_small_model_of_its_own(capsys):
     }  # fmt: skip
     refreshes = next(f["data"] for f in document["findings"] if "refreshed" in f["data"])
     assert refreshes["refreshed"] == refreshes["expected"] == [0, 10]
-    assert refreshes["B"] == 64.0
+    assert refreshes["B"] == 16.0
     losses = next(f["data"]["losses"] for f in document["findings"] if "losses" in f["data"])
     assert len(losses) == 20
     assert losses[-1] < losses[0]

@@ -227,7 +227,7 @@ def test_averaged_models_and_their_statistics_are_not_recorded():
             opt.step()
             opt.zero_grad()
     assert refreshed(steps) == [0, 2, 4]
-    assert {taken.counted for taken in steps} == {4.0}
+    assert {taken.counted for taken in steps} == {2.0}  # one row has no variance, which BatchNorm refuses
 
 
 def test_an_optimizer_for_each_parameter_in_the_backward_is_refused():

@@ -36,7 +36,7 @@ _DTYPES = {  # of parameters and of their state
     *((weight, state) for weight in _WEIGHTS for state in (torch.float32, torch.bfloat16, torch.float64)),
     (torch.float64, torch.float64),
 }
-_BLOCK = 2**16  # elements: five float32 operands of a block fit in a megabyte of cache
+_BLOCK = 2**16  # elements a thread: five float32 operands of them fit in a megabyte of a core's cache
 
 
 def applies(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bool:
@@ -140,15 +140,16 @@ def _pieces(
     if params[0].device.type != "cpu" or torch.compiler.is_compiling():  # a compiler fuses passes itself
         yield list(params), list(grads), list(exp_avgs), list(hessians), None if keys is None else list(keys)
         return
+    block = _BLOCK * torch.get_num_threads()  # each pass over it waits for all threads
     gathered: _Piece = ([], [], [], [], None if keys is None else [])
     size = 0
     for i, tensors in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
         flats = [flat(t) for t in tensors]
         count = flats[0].numel()
-        if count > _BLOCK:
-            columns = [torch.split(t, _BLOCK) for t in flats]
+        if count > block:
+            columns = [torch.split(t, block) for t in flats]
             for number, (p, g, m, h) in enumerate(zip(*columns, strict=True)):
-                key = None if keys is None else [moved(keys[i], number * _BLOCK)]
+                key = None if keys is None else [moved(keys[i], number * block)]
                 yield [p], [g], [m], [h], key
             continue
         for pile, tensor in zip(gathered[:4], flats, strict=True):
@@ -156,7 +157,7 @@ def _pieces(
         if keys is not None and gathered[4] is not None:
             gathered[4].append(keys[i])
         size += count
-        if size >= _BLOCK:
+        if size >= block:
             yield gathered
             gathered, size = ([], [], [], [], None if keys is None else []), 0
     if gathered[0]:

@@ -192,6 +192,7 @@ METHODS: Mapping[str, Method] = {
     "adamw foreach": Method(_simple(lambda p: torch.optim.AdamW(p, lr=LR, foreach=True))),
     "sophia": Method(_sophia()),
     "sophia, fraction 1/2": Method(_sophia(fraction=0.5)),
+    "sophia, bfloat16 state": Method(_sophia(state_dtype=torch.bfloat16)),
     "sophia, foreach": Method(_sophia(foreach=True)),
     "sophia, damped": Method(_sophia(rule="damped")),
     "sophia, spectral": Method(_sophia(rule="spectral")),

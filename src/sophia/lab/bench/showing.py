@@ -38,10 +38,11 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def table(record: Record) -> Table:
     """The table, and below it what is missing and why."""
+    from rich import box
     from rich.table import Table
 
-    found = Table(title=_title(record), title_justify="left", caption_justify="left")
-    found.add_column("optimizer")
+    found = Table(title=_title(record), title_justify="left", caption_justify="left", box=box.SIMPLE)
+    found.add_column("optimizer", no_wrap=True)
     heads = ("step", "training step", "a refresh adds", f"with k = {record['every']}", "peak memory")
     for title in (*heads, "bytes of state a parameter"):
         found.add_column(title, justify="right")
