@@ -220,7 +220,7 @@ def test_ranks_with_empty_shards():
 
 def half_of_the_rows():
     model = DistributedDataParallel(GPT())
-    opt = Sophia(model, update_every=1)
+    opt = Sophia(model, update_every=1, fraction=0.5)
     x, y = data(16, padded=True)
     rows = slice(0, 6) if dist.get_rank() == 0 else slice(6, 16)
     counts = []
