@@ -430,6 +430,21 @@ def test_unclipped_is_the_share_below_the_curvature():
     assert (stats["unclipped"], stats["eps_limited"], stats["h_zero"]) == (0.25, 0.5, 0.25)
 
 
+@pytest.mark.parametrize("estimator", ["gnb", "hutchinson", "empirical_fisher"])
+def test_gradients_that_another_optimizer_owns_are_left_alone(estimator):
+    """Embeddings by AdamW beside Sophia: the sampled gradient must not be added to theirs."""
+    model = GPT(layers=1)
+    table = model.tokens.weight
+    others = [p for p in model.parameters() if p is not table]
+    opt = Sophia(others, model=model, estimator=estimator)
+    model(*data(4))[1].backward()
+    held, kept = table.grad, table.grad.clone()
+    opt.step()
+    assert opt.stats()["refreshes"] == 1
+    assert table.grad is held
+    assert torch.equal(table.grad, kept)
+
+
 def test_own_rule_is_the_share_of_coordinates_that_the_published_rule_does_not_move():
     """By it advice knows when the range of the unclipped share says nothing."""
     weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(12))]

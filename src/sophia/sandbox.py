@@ -1,8 +1,8 @@
 """A place to run the model for the curvature's sake, from which nothing leaks into the training.
 
-Inside, the parameters' ``.grad`` is free, gradients are on and dropout has its own noise. Afterwards
-``.grad`` (the very same tensors), all buffers (BatchNorm statistics among them), and the global random
-generators of torch, Python and NumPy are bit for bit as before.
+Inside, the ``.grad`` of every parameter of the model is free, another optimizer's too, gradients are on and
+dropout has its own noise. Afterwards ``.grad`` (the very same tensors), all buffers (BatchNorm statistics
+among them), and the global random generators of torch, Python and NumPy are bit for bit as before.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def sandbox(
     ``copies``: somebody may write into the memory of the training gradients during the pass (the buckets of
     ``DistributedDataParallel``), so that setting them aside is not enough.
     """
+    # All of the model's: the pass goes through those of another optimizer too, and would add to their .grad.
+    everyone = {id(p): p for p in (*parameters, *(() if model is None else model.parameters()))}
+    parameters = list(everyone.values())
     for parameter in parameters:
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise RuntimeError(
