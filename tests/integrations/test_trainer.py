@@ -59,7 +59,7 @@ def test_page(page, title):
 
 
 VARIANTS = {
-    "one micro-batch": ({"gradient_accumulation_steps": 1}, 2 * COUNTED),
+    "one micro-batch": ({"gradient_accumulation_steps": 1}, COUNTED),
     "bf16": ({"bf16": True, "use_cpu": True}, HALF),
     "label smoothing": ({"label_smoothing_factor": 0.1}, HALF),
     "bf16 and label smoothing": ({"bf16": True, "use_cpu": True, "label_smoothing_factor": 0.1}, HALF),

@@ -76,6 +76,7 @@ def plant(folder, ends):
         ({"adamw": (0.60, 0.65), "sophia-g": (0.65, 0.70)}, "holds"),
         ({"adamw": (0.60, 0.65), "sophia-g": (0.60, 0.65)}, "not seen at this scale"),
         ({"adamw": (0.50, 0.50), "sophia-g": (0.55, 0.55)}, "not seen at this scale"),
+        ({"adamw": (0.51, 0.53), "sophia-g": (0.53, 0.53)}, "not seen at this scale"),  # luck, on 200 items
     ],
 )
 def test_the_verdict_is_that_of_what_was_planted(tmp_path, ends, word):

@@ -49,6 +49,8 @@ class Experiment:
         return 0
 
     def _one(self, console: Console, experiment: Described, command: str) -> None:
+        from rich.markup import escape
+
         from sophia.lab.errors import Stopped
         from sophia.lab.experiments import running
         from sophia.lab.experiments.progress import Bar
@@ -60,7 +62,7 @@ class Experiment:
             records = Records(running.folder_of(experiment.name, self.out, quick=self.quick))
         else:
             console.print(
-                f"Takes: {experiment.runtime}; less than a megabyte of records.\n"
+                f"Takes: {escape(experiment.runtime)}; less than a megabyte of records.\n"
                 f"Expected: {experiment.expected}",
                 highlight=False,
             )

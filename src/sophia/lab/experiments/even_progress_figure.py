@@ -82,7 +82,7 @@ def _gpt(shares: Any, moves: Any, records: Records) -> None:
                 middle = [sum(column) / len(lines) for column in zip(*lines, strict=True)]
                 axes.plot(tenth, middle, "-o", ms=3, color=COLOURS[method], lw=1.8)
     shares.axhline(10, color="#999999", lw=0.8, ls=":")
-    shares.set(xlabel="tenth of the coordinates by curvature (10: sharpest)", xticks=tenth)
+    shares.set(xlabel="tenth by curvature (10: sharpest)", xticks=tenth)
     shares.set_title("GPT: % of the decrease of the loss (dotted: even)", loc="left", fontsize=10)
-    moves.set(yscale="log", xlabel="tenth of the coordinates by curvature (10: sharpest)", xticks=tenth)
+    moves.set(yscale="log", xlabel="tenth by curvature (10: sharpest)", xticks=tenth)
     moves.set_title("GPT: distance in a step / that of the flattest", loc="left", fontsize=10)
