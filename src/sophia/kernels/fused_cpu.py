@@ -160,12 +160,11 @@ def _floors(
     library = _library()
     assert not isinstance(library, str), library
     floors = array("d", [-1.0]) * len(grads)
-    for sampled in (False, True):
+    large = [t for t, g in enumerate(grads) if g.numel() > _SMALL]
+    for sampled in (False, True) if large else ():
         every = EVERY if sampled else 1
         piece = LINE * every * 2**12  # elements
-        chosen = [
-            t for t, g in enumerate(grads) if g.numel() > _SMALL and (g.numel() > SAMPLED_ABOVE) == sampled
-        ]
+        chosen = [t for t in large if (grads[t].numel() > SAMPLED_ABOVE) == sampled]
         pieces = [(t, begin) for t in chosen for begin in range(0, grads[t].numel(), piece)]
         lengths = array("q", [min(piece, grads[t].numel() - begin) for t, begin in pieces])
         table = [
