@@ -88,6 +88,8 @@ def test_the_verdict_is_that_of_what_was_planted(tmp_path, effects, grid, word, 
     assert said.word == word
     _, _, rest = said.sentence.partition("Not established: ")
     assert all(words in rest for words in missing)
+    if "none, clip" in effects:  # what goes against a statement is named, not only that it was not shown
+        assert ("none, clip ends below gnb, clip" in rest) == (effects["none, clip"] < 0)
     assert rest.startswith("none") == (not missing)
     found = ablations.differences(records, "variant", ablations.BASE)
     for name, effect in effects.items():

@@ -99,12 +99,14 @@ def plant(folder, *, left, noisy, toy, flat, moves):
         end = toy.get(method, 1.0)
         records.add({"part": "toy", "method": method}, losses=[[2.0, 2.0], [2.0 * end, end]])
     for method in even_progress.GPT:
-        records.add({"part": "search", "method": method, "factor": 1.0}, loss=6.0)
+        for factor in (0.5, 1.0, 2.0):
+            records.add({"part": "search", "method": method, "factor": factor}, loss=6.0)
         for seed in (1, 2, 3):
             share = flat.get(method, 0.3) + 0.01 * seed
             sharp = moves.get(method, 1.0)
             records.add(
                 {"part": "allocation", "method": method, "seed": seed},
+                factor={"SignGD": 2.0}.get(method, 1.0),
                 decrease=[share / 5] * 5 + [(1 - share) / 5] * 5,
                 distance_a_step=[1.0] * 9 + [sharp],
             )
@@ -136,4 +138,5 @@ def test_the_verdict_is_that_of_what_was_planted(tmp_path, planted, word):
     said = even_progress.verdict(records)
     assert said.word == word
     assert ("Sophia above AdamW in 3 of 3 seeds" in said.sentence) == (planted["flat"]["Sophia"] > 0.3)
+    assert said.sentence.endswith("Best step sizes at the edge of those tried in the GPT: SignGD.")
     even_progress.draw(records)

@@ -231,6 +231,8 @@ def verdict(records: Records) -> Verdict:
         and max(map(abs, spread)) < 0.05,
     }
     shown = [words for words, seen in statements.items() if seen]
+    ahead = {name: f"{name} ends below {BASE}" for name in VARIANTS if name != "adamw" and signs[name] < 0}
+    ahead |= {name: f"{name} ends below k = 10" for name in ks if k[name] < 0}
     edges = [name for name in VARIANTS if at_edge(records, name)]
     clips = {row.result["unclipped"] for row in records.where(part="variant", name=BASE)} - {None}
     share = f"{sum(clips) / len(clips):.0%}" if clips else "an unknown share"
@@ -242,6 +244,8 @@ def verdict(records: Records) -> Verdict:
         f"{'; '.join(shown) if shown else 'none'}. Not established: "
         f"{'; '.join(w for w in statements if w not in shown) or 'none'}."
     )
+    if ahead:
+        sentence += f" Established against them: {'; '.join(ahead.values())}."
     if edges:
         sentence += f" Winners at the edge of their grid: {'; '.join(edges)}."
     if len(shown) == len(statements):

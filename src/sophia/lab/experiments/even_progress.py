@@ -193,9 +193,18 @@ def verdict(records: Records) -> Verdict:
         f"tenth moves {', '.join(f'{mean(v[1]):.2f} ({m})' for m, v in gpt.items())} times as far in a "
         f"step as the flattest (Sophia below AdamW in {sum(harder)} of {len(harder)} seeds)."
     )
+    if edges := _at_edge(records):
+        sentence += f" Best step sizes at the edge of those tried in the GPT: {', '.join(edges)}."
     if all(separable) and all(more) and all(harder):
         return Verdict("holds", sentence)
     return Verdict("holds in part" if any(separable) or all(harder) else "contradicted", sentence)
+
+
+def _at_edge(records: Records) -> list[str]:
+    """Methods whose chosen step size is an outermost of those tried: a better one may lie beyond."""
+    factors = records.values("factor")
+    chosen = {row.case["method"]: row.result.get("factor") for row in records.where(part="allocation")}
+    return [m for m, factor in chosen.items() if factor in (min(factors), max(factors))]
 
 
 def _listed(left: Mapping[str, float]) -> str:

@@ -214,15 +214,13 @@ def draw(records: Records) -> Figure:
         for pairs, style in ((0, ":"), (4, "-")):
             noise = [_of(records, group, f, pairs) for f in measured]
             left.plot(measured, noise, style, color=colour, marker="o", ms=4)
-        if measured:
-            left.annotate(
-                group, (measured[0], noise[0]), xytext=(6, 8), textcoords="offset points", color=colour
-            )
+        left.plot([], [], color=colour, marker="o", ms=4, label=group)
     left.set_xscale("log", base=2)
     left.set_xticks(FRACTIONS, [_share(f) for f in FRACTIONS])
     left.axhline(math.sqrt(2), color="#999999", lw=0.8)
     left.set_ylim(bottom=0)
     left.set(xlabel="fraction of the batch, which is the cost")
+    left.legend(frameon=False, fontsize=9)
     left.set_title(
         "Noise of one estimate (solid: four pairs of labels, dotted: one label)", loc="left", fontsize=10
     )
