@@ -263,8 +263,8 @@ def draw(records: Records) -> Figure:
             if means and contender == BASELINE:
                 ends.append((whole[-1][0], means[-1], f" {_millions(records, size)}"))
     places = spread([y for _, y, _ in ends], *left.get_ylim(), gap=0.045 * float(np.ptp(left.get_ylim())))
-    for (x, _, label), place in zip(ends, places, strict=True):
-        left.annotate(label, (x, place), fontsize=8, va="center")
+    for (end, _, label), place in zip(ends, places, strict=True):
+        left.annotate(label, (end, place), fontsize=8, va="center")
     left.plot([], [], color="#2b2b2b", label=BASELINE)
     left.plot([], [], color="#d55e00", label=CONTENDER)
     left.legend(frameon=False, fontsize=9)
