@@ -43,10 +43,15 @@ class GPT(nn.Module):
                 if parameter.ndim == 2:
                     nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss."""
+    def logits(self, ids: Tensor) -> Tensor:
+        """From ids ``(B, T)`` to ``(B, T, V)``."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x))
+        made: Tensor = self.head(self.norm(x))
+        return made
+
+    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss."""
+        logits = self.logits(ids)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
