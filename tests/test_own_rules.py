@@ -29,8 +29,12 @@ def svd_direction(u, h):
     return d / np.sqrt((d**2).mean())
 
 
-def damped(u, h, gamma, damping, eps=1e-12):
-    floor = max(damping * math.sqrt((u**2).mean()), eps)
+def rms(u):
+    return math.sqrt((u**2).mean())
+
+
+def damped(u, h, gamma, damping, size=None, eps=1e-12):
+    floor = max(damping * (rms(u) if size is None else size), eps)
     return np.clip(u / np.maximum(gamma * h, floor), -1, 1)
 
 
@@ -99,11 +103,13 @@ def test_sharp_rows_move_less():
 
 def test_damping_is_a_floor_relative_to_the_tensor():
     u, h = noise_like([torch.zeros(50), torch.zeros(50)], seed=3)
-    got = array(damped_direction(u, h.abs(), gamma=0.2, eps=1e-12, damping=0.5))
+    settings = {"gamma": 0.2, "eps": 1e-12, "damping": 0.5}
+    got = array(damped_direction(u, h.abs(), size=u.norm() / u.numel() ** 0.5, **settings))
     np.testing.assert_allclose(got, damped(array(u), array(h.abs()), 0.2, 0.5), rtol=1e-5)
-    scaled = damped_direction(1e-6 * u, 1e-6 * h.abs(), gamma=0.2, eps=1e-12, damping=0.5)
+    size = torch.tensor(1e-6 * rms(array(u)))
+    scaled = damped_direction(1e-6 * u, 1e-6 * h.abs(), size=size, **settings)
     np.testing.assert_allclose(array(scaled), got, rtol=1e-4)
-    published = damped_direction(u, h.abs(), gamma=0.2, eps=1e-12, damping=0.0)
+    published = damped_direction(u, h.abs(), size=size, **{**settings, "damping": 0.0})
     np.testing.assert_allclose(
         array(published), np.clip(array(u) / np.maximum(0.2 * array(h.abs()), 1e-12), -1, 1), rtol=1e-5
     )
@@ -123,7 +129,7 @@ def test_ten_steps_against_numpy(rule):
     names = {id(p): name for name, p in named.items()}
     m = {name: np.zeros_like(value) for name, value in before.items()}
     h = {name: np.zeros_like(value) for name, value in before.items()}
-    theta, refreshes = dict(before), 0
+    theta, refreshes, sizes = dict(before), 0, {}
     for step in range(10):
         if step % 4 == 0:
             diagonals = [d.abs() for d in noise_like(order, 100 + step)]
@@ -145,7 +151,9 @@ def test_ten_steps_against_numpy(rule):
                 rounded = spectral_direction(torch.from_numpy(u), torch.from_numpy(curvature))
                 direction = 0.2 * array(rounded)
             else:
-                direction = damped(u, curvature, gamma, damping) * (0.1 if hidden else 1.0)
+                # The floor is by the step before.
+                direction = damped(u, curvature, gamma, damping, sizes.get(name)) * (0.1 if hidden else 1.0)
+                sizes[name] = rms(u)
             decay = 0.0 if before[name].ndim < 2 else 0.1
             theta[name] = theta[name] * (1 - 0.01 * decay) - 0.01 * direction
     for name, p in named.items():
@@ -318,9 +326,9 @@ def test_blocks_equal_the_rule_in_any_dense_layout():
         for tensor, scale in zip(pair, (1.0, 1e-3, 1e-3, 1e-2), strict=True):
             tensor.copy_(torch.randn(shape) * scale)
         settings = {"lr": 0.1, "beta1": 0.9, "gamma": 0.2, "eps": 1e-12, "damping": 0.5, "scale": 0.3}
-        rest = {"weight_decay": 0.1, "maximize": False, "rule": "damped"}
+        rest = {"weight_decay": 0.1, "maximize": False, "rule": "damped", "started": 1.0}
         fast = [[t.clone(memory_format=torch.preserve_format)] for t in pair]
-        variants.step(*fast, **settings, **rest)
+        variants.step(*fast, **settings, **rest, sizes=[torch.zeros(())])
         p, g, m, h = (array(t) for t in pair)
         m = 0.9 * m + 0.1 * g
         p = p * (1 - 0.1 * 0.1) - 0.1 * 0.3 * damped(0.9 * m + 0.1 * g, h, 0.2, 0.5)

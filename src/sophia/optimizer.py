@@ -24,7 +24,7 @@ from sophia.noise import seed_for
 from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.rounding import key_of_parameter, moved
 from sophia.sharding import check_whole, first_element, local
-from sophia.state import check_origin, new_state, restore_state
+from sophia.state import SIZE, add_what_is_missing, check_origin, restore_state
 from sophia.work import Work, current_gamma, work_of
 from sophia.wrappers import unwrapped
 
@@ -91,7 +91,7 @@ class Sophia(torch.optim.Optimizer):
         differentiable: as there.
 
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
-    count B).
+    count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``.
 
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     >>> opt = Sophia(model, lr=1e-2)
@@ -333,9 +333,10 @@ class Sophia(torch.optim.Optimizer):
                     check_gradient(parameter.grad, parameter)
                     check_whole(parameter, group["rule"])
         if self._is_asked_for_empty_state():
-            for parameter in self._parameters():
-                if parameter.grad is not None:
-                    self._state_of(parameter)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._state_of(parameter, group)
             return []
         with torch.no_grad():
             if self.mode == "replay":
@@ -458,7 +459,7 @@ class Sophia(torch.optim.Optimizer):
                 if diagonal is not None:
                     turned = self.estimator.signed and group["maximize"]
                     diagonal = local(diagonal.neg() if turned else diagonal)
-                hessian = local(self._state_of(parameter)["hessian"])
+                hessian = local(self._state_of(parameter, group)["hessian"])
                 average(hessian, diagonal, beta2=beta2, key=keys.get(id(parameter)))
             group["refreshed"] = group["step"]
             group["refreshes"] += 1
@@ -544,10 +545,10 @@ class Sophia(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
-        if not state:
-            state.update(new_state(parameter, self.state_dtype))
+        if SIZE not in state and (not state or group["rule"] != "paper"):  # asked at every step
+            add_what_is_missing(state, parameter, group["rule"], self.state_dtype)
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

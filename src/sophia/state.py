@@ -1,4 +1,4 @@
-"""The two buffers of a parameter, and how they come back from a checkpoint."""
+"""The state of a parameter, and how they come back from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from torch import Tensor
 
 from sophia.sharding import laid_out_like, local
 
-__all__ = ["check_origin", "new_state", "restore_state"]
+__all__ = ["SIZE", "add_what_is_missing", "check_origin", "restore_state"]
 
 _NAMES = ("exp_avg", "hessian")
+SIZE = "momentum_rms"
+"""Of a tensor under the damped rule: one number, see ``update_rule.usual_size``."""
+
 _FOREIGN = (
     "whose second moment, if it has one, is not a curvature. Start Sophia afresh from the model's weights"
 )
 
 
-def new_state(parameter: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too).
+def add_what_is_missing(
+    state: MutableMapping[str, Tensor], parameter: Tensor, rule: str, dtype: torch.dtype
+) -> None:
+    """Make the buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too); under the
+    damped rule the number ``SIZE`` too.
 
     Float64 parameters have float64 state.
     """
     wide = parameter.dtype if parameter.dtype == torch.float64 else dtype
-    return {name: torch.zeros_like(parameter, dtype=wide, requires_grad=False) for name in _NAMES}
+    for name in _NAMES:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
+    if SIZE not in state and (rule == "damped" or (rule == "spectral" and parameter.ndim != 2)):
+        state[SIZE] = _number(parameter, dtype)
+
+
+def _number(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    exact = torch.float64 in (parameter.dtype, dtype)
+    return torch.zeros((), dtype=torch.float64 if exact else torch.float32, device=parameter.device)
 
 
 def check_origin(loaded: Mapping[str, Any]) -> None:
@@ -65,14 +80,17 @@ def restore_state(
         if not entries:
             continue
         _check(entries, number, parameter)
-        restored = new_state(parameter, dtype)
+        restored: dict[str, Tensor] = {}
+        add_what_is_missing(restored, parameter, "paper", dtype)
         for name in _NAMES:
             local(restored[name]).copy_(laid_out_like(entries[name], parameter))
+        if SIZE in entries:
+            restored[SIZE] = _number(parameter, dtype).copy_(entries[SIZE])
         state[parameter] = restored
 
 
 def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
-    if set(entries) != set(_NAMES):
+    if set(entries) - {SIZE} != set(_NAMES):
         raise ValueError(
             f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
             f"{sorted(_NAMES)}: this is another optimizer's state, {_FOREIGN}"

@@ -35,15 +35,16 @@ already multiplied by it, so that gamma means the same at every batch size and t
 Two rules of our own stand beside the published one, with the same two buffers (``rule=`` of ``Sophia``; what
 they gain is measured in ``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
 
-    damped     theta <- theta - lr s clip(u / max(gamma h, damping rms(u), eps), 1)
+    damped     theta <- theta - lr s clip(u / max(gamma h, damping r, eps), 1)
     spectral   theta <- theta - lr s D / rms(D),   D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
 
-Damped: a coordinate whose momentum is far below its tensor's is moved by little, as a rare token's embedding
-should be between two of its occurrences; by the published rule it goes on at full lr, in a direction long out
-of date, until m has decayed below gamma h. Spectral: the clip of Algorithm 3 bounds every entry of the step
-by 1, this one every singular value, so that directions shared by many coordinates, which a diagonal h cannot
-see, are bounded too; R and C are the means of h over columns and rows. s is a number for the kind of tensor.
-In both, m and h are corrected for their start at zero.
+Damped: r is the rms of the tensor's u. A coordinate whose momentum is far below its tensor's is moved by
+little, as a rare token's embedding should be between two of its occurrences; by the published rule it goes on
+at full lr, in a direction long out of date, until m has decayed below gamma h. r is that of the step before,
+as it changes little and that of the same step would take one more pass over memory. Spectral: the clip of
+Algorithm 3 bounds every entry of the step by 1, this one every singular value, so that directions shared by
+many coordinates, which a diagonal h cannot see, are bounded too; R and C are the means of h over columns and
+rows. s is a number for the kind of tensor. In both, m and h are corrected for their start at zero.
 """
 
 from __future__ import annotations
@@ -64,12 +65,11 @@ __all__ = [
     "look_ahead",
     "polar",
     "rms",
-    "sample",
     "sophia_step",
     "spectral_direction",
+    "started",
+    "usual_size",
 ]
-
-SAMPLED_ABOVE, LINE, EVERY = 2**19, 16, 67  # elements, elements, runs: what rms looks at
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """a, b, c of ``X <- (a + b X X^T + c (X X^T)^2) X``, which Jordan et al. (Muon, 2024) chose for fast growth
@@ -144,38 +144,45 @@ def corrected_gamma(gamma: float, *, betas: tuple[float, float], step: int, refr
     They enter the rule as u / (gamma h) alone, so the correction ``m / (1 - beta1^t)``, ``h / (1 - beta2^r)``
     of Kingma and Ba is one number. ``step`` counts from 1, and u looks one step ahead of it.
     """
-    m_part, h_part = 1 - betas[0] ** (step + 1), 1 - betas[1] ** refreshes
-    return gamma * m_part / h_part if h_part > 0 else gamma
+    h_part = 1 - betas[1] ** refreshes
+    return gamma * started(betas[0], step=step) / h_part if h_part > 0 else gamma
 
 
-def damped_direction(u: Tensor, h: Tensor, *, gamma: float, eps: float, damping: float) -> Tensor:
-    """Return ``clip(u / max(gamma h, damping rms(u), eps), 1)``.
+def started(beta1: float, *, step: int) -> float:
+    """Return ``1 - beta1^(step + 1)``, the part that u has of its steady size; ``step`` counts from 1."""
+    return 1 - beta1 ** (step + 1)
 
-    With ``damping=0`` it is the published direction.
+
+def damped_direction(
+    u: Tensor, h: Tensor, *, size: Tensor, gamma: float, eps: float, damping: float
+) -> Tensor:
+    """Return ``clip(u / max(gamma h, damping size, eps), 1)``.
+
+    ``size`` is what ``usual_size`` gives, a scalar. With ``damping=0`` it is the published direction.
 
     >>> import torch
     >>> u, h = torch.tensor([1.0, 0.01, 1.0, 0.0]), torch.tensor([0.0, 0.0, 10.0, 0.0])
-    >>> damped_direction(u, h, gamma=0.2, eps=1e-12, damping=0.5)      # rms(u) = 0.7
+    >>> damped_direction(u, h, size=rms(u), gamma=0.2, eps=1e-12, damping=0.5)      # rms(u) = 0.7
     tensor([1.0000, 0.0283, 0.5000, 0.0000])
     """
-    floor = (damping * rms(u)).clamp(min=eps)
+    floor = (damping * size).clamp(min=eps)
     return (u / torch.maximum(gamma * h, floor)).clamp(-1, 1)
 
 
-def rms(u: Tensor) -> Tensor:
-    """Return the root of the mean square of u, a scalar; of a ``sample`` where u is large."""
-    return sample(u).square().mean().sqrt()
+def usual_size(u: Tensor, last: Tensor, *, started: float) -> Tensor:
+    """Return the rms of u as the step before leaves one to expect it; that of u itself where there was none.
 
-
-def sample(u: Tensor) -> Tensor:
-    """Return what ``rms`` looks at: u, or every 67th run of 16 elements where u has more than 2^19.
-
-    67 is prime, so that the runs meet all columns of a matrix. The sample spares a pass over memory, which
-    would make the step of a large model slower than AdamW's.
+    Args:
+        u: the momentum.
+        last: rms of the step before, over its ``started``; 0 if there was none, or no gradient in it.
+        started: ``1 - beta1^(t + 1)``, how much of a steady momentum u has t steps after its start at zero.
     """
-    if u.numel() <= SAMPLED_ABOVE:
-        return u
-    return u.flatten()[: u.numel() // LINE * LINE].view(-1, LINE)[::EVERY]
+    return torch.where(last > 0, last * started, rms(u))
+
+
+def rms(u: Tensor) -> Tensor:
+    """Return the root of the mean square of u, a scalar; 0 where there is nothing."""
+    return (u.square().sum() / max(u.numel(), 1)).sqrt()
 
 
 def spectral_direction(u: Tensor, h: Tensor, *, polar_of: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sophia.kernels import choose
 from sophia.sharding import is_dtensor, local
-from sophia.update_rule import corrected_gamma
+from sophia.state import SIZE
+from sophia.update_rule import corrected_gamma, started
 
 __all__ = ["Work", "current_gamma", "work_of"]
 
@@ -21,7 +22,7 @@ Work = tuple[ModuleType, tuple[Sequence[Tensor], ...], dict[str, Any], bool]
 
 def work_of(
     group: Mapping[str, Any],
-    state_of: Callable[[Tensor], Mapping[str, Tensor]],
+    state_of: Callable[[Tensor, Mapping[str, Any]], Mapping[str, Tensor]],
     *,
     compiling: bool,
     keys: Mapping[int, int],
@@ -31,7 +32,7 @@ def work_of(
 
     Args:
         group: of the optimizer's ``param_groups``.
-        state_of: from a parameter to its two buffers, made when they are first asked for.
+        state_of: from a parameter and its group to its state, made when it is first asked for.
         compiling: whether ``torch.compile`` traces the step.
         keys: by id of a parameter, the key of its noise; empty where nothing is rounded stochastically.
         stochastic: round half-precision parameters stochastically too, not only state.
@@ -46,24 +47,30 @@ def work_of(
     }
     if group["rule"] != "paper":
         settings |= {name: group[name] for name in ("rule", "damping", "scale")}
-    lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int]]] = {}
+        settings["started"] = started(group["betas"][0], step=_coming(group))
+    lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[int], list[Tensor]]] = {}
     for parameter in group["params"]:
         gradient = parameter.grad
         if gradient is None:
             continue
-        state = state_of(parameter)
+        state = state_of(parameter, group)
         row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
         if is_dtensor(parameter) and not group["differentiable"]:
             row = _shards(*row)
-        kind = (choose(group, settings["lr"], row), row[0].device, row[0].dtype, row[2].dtype)
+        size = state.get(SIZE) if group["rule"] != "paper" else None
+        kernel = choose(group, settings["lr"], row)
+        kind = (kernel, row[0].device, row[0].dtype, row[2].dtype, size is None)
         if kind not in lists:
-            lists[kind] = ([], [])
-        rows, of_rows = lists[kind]
+            lists[kind] = ([], [], [])
+        rows, of_rows, sizes = lists[kind]
         rows.append(row)
         if keys:
             of_rows.append(keys[id(parameter)])
-    for (kernel, *_), (rows, of_rows) in lists.items():
-        more = {"keys": of_rows, "stochastic": stochastic} if of_rows else {}
+        if size is not None:
+            sizes.append(size)
+    for (kernel, *_), (rows, of_rows, sizes) in lists.items():
+        more: dict[str, Any] = {"keys": of_rows, "stochastic": stochastic} if of_rows else {}
+        more |= {"sizes": sizes} if sizes else {}
         columns = tuple(zip(*rows, strict=True))
         yield kernel, columns, {**settings, **more}, bool(group["differentiable"])
 
@@ -73,8 +80,12 @@ def current_gamma(group: Mapping[str, Any]) -> float:
     gamma = float(group["gamma"])
     if group["rule"] == "paper":
         return gamma
-    taken = group["step"] - group["joined"]
-    return corrected_gamma(gamma, betas=group["betas"], step=taken + 1, refreshes=group["refreshes"])
+    return corrected_gamma(gamma, betas=group["betas"], step=_coming(group), refreshes=group["refreshes"])
+
+
+def _coming(group: Mapping[str, Any]) -> int:
+    """The number of the step that is about to be taken, from 1 since the group joined."""
+    return int(group["step"] - group["joined"]) + 1
 
 
 def _shards(parameter: Tensor, gradient: Tensor, *state: Tensor) -> tuple[Tensor, ...]:

@@ -81,7 +81,7 @@ CHOICES = [
     ({"rule": "damped", "differentiable": True}, 0.1, ROW, variants, variants),
     ({"rule": "damped"}, torch.tensor(0.1), ROW, variants, variants),
     ({"rule": "damped"}, 0.1, tuple(t.expand(2**21) for t in torch.zeros(4, 1)), variants, variants),
-    ({"rule": "damped"}, 0.1, LARGE_TURNED, variants, variants),
+    ({"rule": "damped"}, 0.1, LARGE_TURNED, fused_cpu, variants),
     ({"rule": "spectral"}, 0.1, ROW, fused_cpu, variants),
     ({"rule": "spectral"}, 0.1, tuple(torch.zeros(4, 3, 3)), variants, variants),
     ({"fused": True}, 0.1, ROW, fused_cpu, foreach),

@@ -22,7 +22,6 @@ from typing import Any
 from torch import Tensor
 
 from sophia.kernels import foreach, fused_cpu, fused_cuda, single_tensor, variants
-from sophia.update_rule import SAMPLED_ABOVE
 
 __all__ = ["choose"]
 
@@ -43,8 +42,6 @@ def choose(group: Mapping[str, Any], lr: float | Tensor, row: tuple[Tensor, ...]
         and not isinstance(lr, Tensor)
         and not fused_cpu.unavailable()
         and fused_cpu.applies(*row)
-        # rms looks at a sample of a large tensor, in the order of its coordinates
-        and (published or row[0].is_contiguous() or row[0].numel() <= SAMPLED_ABOVE)
     ):
         return fused_cpu
     if not published:

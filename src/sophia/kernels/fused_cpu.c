@@ -2,16 +2,16 @@
  *
  * The rule is that of update_rule.py in the form of foreach.py:
  *     m <- b1 m + (1 - b1) g;   d = max(gamma h, floor, |u|);   p <- decay p - lr u / d
- * where u = m and floor = eps, or, by the damped rule, u looks a step ahead and the floor is relative to its rms.
- * It reads p, g, m, h and writes p, m: six words a parameter, where AdamW moves seven. It is written once, as a
+ * where u = m and floor = eps, or, by the damped rule, u looks a step ahead and the floor is relative to its rms
+ * in the step before; the sum of its squares is taken on the way, for the step after. It reads p, g, m, h and writes p, m: six words a parameter, where AdamW moves seven. It is written once, as a
  * macro, for all dtypes.
  *
- * The tensors are walked through as one long array; a call does the elements [begin, end) of it, so that
- * threads can share the work whatever the sizes of the tensors are. No dependency, not even on OpenMP: two
+ * The tensors are walked through as one long array, in pieces; a call does those that begin in [begin, end) of
+ * it, so that threads can share the work whatever the sizes of the tensors are. No dependency, not even on OpenMP: two
  * OpenMP runtimes in one process are a known source of trouble, and torch brings its own.
  *
  * Compile with -O3 -fno-trapping-math -fno-math-errno -ffp-contract=off: without contraction the vector loop and
- * its remainder round alike, so the result does not depend on where the work is cut for the threads. (Never
+ * its remainder round alike, so the result is the same with every width of vectors. (Never
  * with -ffast-math: linking with it makes some compilers switch the whole process to flush-to-zero.)
  */
 #include <math.h>
@@ -50,13 +50,8 @@ typedef struct {
   double eps;
   double ahead;   /* factor of the gradient in u = beta1 m + ahead g, or 0 for u = m */
   double damping; /* of the damped rule: its floor is damping rms(u), at least eps */
+  double started; /* rms(u) is kept divided by this, which is its own for every step */
 } Settings;
-
-#if defined(__GNUC__)
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PREFETCH(address) (void)(address)
-#endif
 
 /* ---- numbers in memory ---- */
 
@@ -128,61 +123,71 @@ INLINE uint32_t noise_of(uint64_t key, uint32_t element) {
 
 /* ---- the rule ---- */
 
-#define LINE 16 /* elements; update_rule.py has it too */
-#define FEW 128 /* runs whose squares are added up before they go into doubles */
+#define PIECE 16384 /* elements that one thread does at a time; fused_cpu.py has it too */
+#define LINE 16     /* accumulators of a sum, so that it is the same at every width of vectors */
 
-/* NAME: of the loop. REAL: type of the arithmetic. WEIGHT and STATE: of p and g, of m and h, in memory.
- * FROM_*: memory to REAL. TO_*: REAL to memory; the second argument is noise, for stochastic rounding. */
+/* NAME: of the loop. REAL: type of the arithmetic, and of sizes in memory. WEIGHT and STATE: of p and g, of m
+ * and h, in memory. FROM_*: memory to REAL. TO_*: REAL to memory; the second argument is noise, for stochastic
+ * rounding. */
 #define SPAN(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
+  typedef struct {                                                                                              \
+    REAL b1, a, lr, decay, gamma, ahead, least;                                                                 \
+    uint64_t key;                                                                                               \
+  } NAME##_numbers;                                                                                             \
+  INLINE NAME##_numbers NAME##_rounded(const Settings *s, double least, uint64_t key) {                         \
+    return (NAME##_numbers){(REAL)s->beta1, (REAL)s->gradient, (REAL)s->lr,  (REAL)s->decay,                    \
+                            (REAL)s->gamma, (REAL)s->ahead,    (REAL)least, key};                               \
+  }                                                                                                             \
+  /* One element, whose number is the element beside its place i, as an index of 64 bits would have to be       \
+   * narrowed in every vector; returns u. */                                                                    \
+  INLINE REAL NAME##_at(WEIGHT *restrict p, const WEIGHT *restrict g, STATE *restrict m, const STATE *restrict h, \
+                        int64_t i, uint32_t element, const int damped, NAME##_numbers c) {                      \
+    const uint32_t noise = noise_of(c.key, element); /* not computed where it is not used */                    \
+    const REAL gi = FROM_WEIGHT(g[i]), mi = c.b1 * FROM_STATE(m[i]) + c.a * gi;                                 \
+    const REAL u = damped ? c.b1 * mi + c.ahead * gi : mi;                                                      \
+    const REAL size = (REAL)fabs(u);                                                                            \
+    REAL d = c.gamma * FROM_STATE(h[i]);                                                                        \
+    d = d > c.least ? d : c.least;                                                                              \
+    d = size > d ? size : d;                                                                                    \
+    m[i] = TO_STATE(mi, noise & 0xFFFFu);                                                                       \
+    p[i] = TO_WEIGHT(c.decay * FROM_WEIGHT(p[i]) - c.lr * (u / d), noise >> 16);                                \
+    return u;                                                                                                   \
+  }                                                                                                             \
   CLONES static void NAME(WEIGHT *restrict p, const WEIGHT *restrict g, STATE *restrict m,                      \
                           const STATE *restrict h, int64_t n, uint64_t key, double least,                       \
                           const Settings *settings) {                                                           \
-    const REAL b1 = (REAL)settings->beta1, a = (REAL)settings->gradient, lr = (REAL)settings->lr;               \
-    const REAL decay = (REAL)settings->decay, gamma = (REAL)settings->gamma, ahead = (REAL)settings->ahead;     \
-    const REAL bottom = (REAL)least;                                                                            \
-    const int looks = settings->ahead != 0; /* the compiler makes a loop for each answer */                     \
-    uint32_t element = 0; /* beside i: an index of 64 bits would have to be narrowed in every vector */         \
-    for (int64_t i = 0; i < n; ++i) {                                                                           \
-      const uint32_t noise = noise_of(key, element++); /* not computed where it is not used */                  \
-      const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi;                                   \
-      const REAL u = looks ? b1 * mi + ahead * gi : mi;                                                         \
-      const REAL size = (REAL)fabs(u);                                                                          \
-      REAL d = gamma * FROM_STATE(h[i]);                                                                        \
-      d = d > bottom ? d : bottom;                                                                              \
-      d = size > d ? size : d;                                                                                  \
-      m[i] = TO_STATE(mi, noise & 0xFFFFu);                                                                     \
-      p[i] = TO_WEIGHT(decay * FROM_WEIGHT(p[i]) - lr * (u / d), noise >> 16);                                  \
-    }                                                                                                           \
+    const NAME##_numbers numbers = NAME##_rounded(settings, least, key);                                        \
+    uint32_t element = 0;                                                                                       \
+    for (int64_t i = 0; i < n; ++i) NAME##_at(p, g, m, h, i, element++, 0, numbers);                            \
   }                                                                                                             \
-  /* The sum of u^2 before a step, over every `every`-th run of LINE elements; one accumulator for each place in\
-   * a run, so that the sum is the same at every width of vectors. p and h, if given, are fetched for the step. */\
-  CLONES static double NAME##_squares(const WEIGHT *p, const WEIGHT *restrict g, const STATE *restrict m,       \
-                                      const STATE *h, int64_t n, int64_t every, const Settings *settings) {     \
-    const REAL b1 = (REAL)settings->beta1, a = (REAL)settings->gradient, ahead = (REAL)settings->ahead;         \
-    double of_place[LINE] = {0}, sum = 0;                                                                       \
-    REAL some[LINE];                                                                                            \
-    const int64_t runs = n / LINE;                                                                              \
-    for (int64_t first = 0; first < runs; first += FEW * every) { /* doubles for every run would take longer */ \
-      const int64_t last = first + FEW * every < runs ? first + FEW * every : runs;                             \
-      for (int j = 0; j < LINE; ++j) some[j] = 0;                                                               \
-      for (int64_t run = first; run < last; run += every) {                                                     \
-        if (p) {                                                                                                \
-          PREFETCH(p + run * LINE);                                                                             \
-          PREFETCH(h + run * LINE);                                                                             \
-        }                                                                                                       \
-        for (int j = 0; j < LINE; ++j) {                                                                        \
-          const int64_t i = run * LINE + j;                                                                     \
-          const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi, u = b1 * mi + ahead * gi;     \
-          some[j] += u * u;                                                                                     \
-        }                                                                                                       \
+  /* A step of the damped rule; returns the sum of u^2. */                                                      \
+  CLONES static double NAME##_damped(WEIGHT *restrict p, const WEIGHT *restrict g, STATE *restrict m,           \
+                                     const STATE *restrict h, int64_t n, uint64_t key, double least,            \
+                                     const Settings *settings) {                                                \
+    const NAME##_numbers numbers = NAME##_rounded(settings, least, key);                                        \
+    REAL some[LINE] = {0};                                                                                      \
+    double sum = 0;                                                                                             \
+    int64_t i = 0;                                                                                              \
+    for (; i + LINE <= n; i += LINE)                                                                            \
+      for (int j = 0; j < LINE; ++j) {                                                                          \
+        const REAL u = NAME##_at(p, g, m, h, i + j, (uint32_t)i + (uint32_t)j, 1, numbers);                     \
+        some[j] += u * u;                                                                                       \
       }                                                                                                         \
-      for (int j = 0; j < LINE; ++j) of_place[j] += (double)some[j];                                            \
+    for (int j = 0; i + j < n; ++j) {                                                                           \
+      const REAL u = NAME##_at(p, g, m, h, i + j, (uint32_t)(i + j), 1, numbers);                               \
+      some[j] += u * u;                                                                                         \
     }                                                                                                           \
-    for (int64_t i = runs * LINE; i < n && every == 1; ++i) {                                                   \
-      const REAL gi = FROM_WEIGHT(g[i]), mi = b1 * FROM_STATE(m[i]) + a * gi, u = b1 * mi + ahead * gi;         \
-      of_place[i - runs * LINE] += (double)u * (double)u;                                                       \
+    for (int j = 0; j < LINE; ++j) sum += (double)some[j];                                                      \
+    return sum;                                                                                                 \
+  }                                                                                                             \
+  /* The sum of u^2 before a step: where no step before tells. It happens once, so it need not be fast. */      \
+  static double NAME##_squares(const WEIGHT *g, const STATE *m, int64_t n, const Settings *settings) {          \
+    const NAME##_numbers c = NAME##_rounded(settings, 0, 0);                                                    \
+    double sum = 0;                                                                                             \
+    for (int64_t i = 0; i < n; ++i) {                                                                           \
+      const REAL gi = FROM_WEIGHT(g[i]), u = c.b1 * (c.b1 * FROM_STATE(m[i]) + c.a * gi) + c.ahead * gi;        \
+      sum += (double)u * (double)u;                                                                             \
     }                                                                                                           \
-    for (int j = 0; j < LINE; ++j) sum += of_place[j];                                                          \
     return sum;                                                                                                 \
   }
 
@@ -202,61 +207,77 @@ EACH(SPAN)
 
 /* ---- the walk ---- */
 
-static double squares(int32_t dtypes, const void *p, const void *g, const void *m, const void *h, int64_t n,
-                      int64_t every, const Settings *settings) {
-#define SUM(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                    \
-  case NUMBER:                                                                                                  \
-    return NAME##_squares((const WEIGHT *)p, (const WEIGHT *)g, (const STATE *)m, (const STATE *)h, n, every,   \
-                          settings);
-  switch (dtypes) {
-    EACH(SUM)
-  }
-  return 0;
-}
-
-static double floor_of(double mean_square, const Settings *settings) {
-  const double relative = settings->damping * sqrt(mean_square);
-  return relative < settings->eps ? settings->eps : relative; /* what is no number stays none */
-}
-
 /* What this library and fused_cpu.py must agree on; one higher with each change of it. */
-EXPORT int32_t sophia_version(void) { return 3; }
+EXPORT int32_t sophia_version(void) { return 4; }
 
-/* dtypes: an index into DTYPES of fused_cpu.py. tensors: how many; length[t]: elements of tensor t; p, g, m, h:
- * their addresses; key[t]: of its noise, or NULL where nothing is rounded stochastically. least[t]: the floor of
- * its denominators, negative where it is to be found here, or NULL where all have eps. */
-EXPORT void sophia_step(int32_t dtypes, int64_t tensors, const int64_t *length, void *const *p, void *const *g,
-                        void *const *m, void *const *h, const uint64_t *key, const double *least, int64_t begin,
-                        int64_t end, const Settings *settings) {
-  int64_t first = 0; /* of tensor t, in the long array */
-  for (int64_t t = 0; t < tensors && first < end; first += length[t++]) {
-    int64_t from = begin > first ? begin - first : 0;
-    int64_t to = end - first < length[t] ? end - first : length[t];
-    double bottom = least ? least[t] : settings->eps;
-    if (bottom < 0) { /* a small tensor: whole, by the thread that has its first element, while in its cache */
-      if (from > 0) continue;
-      to = length[t];
-    }
-    if (from >= to) continue;
-    if (bottom < 0) bottom = floor_of(squares(dtypes, p[t], g[t], m[t], h[t], to, 1, settings) / (double)to, settings);
-    /* The lower word counts the elements, without a carry into the upper. */
-    const uint64_t whole = key ? key[t] : 0;
-    const uint64_t here = (whole & 0xFFFFFFFF00000000u) | (uint32_t)(whole + (uint64_t)from);
-#define CASE(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
+/* For the damped rule, before sophia_step: the floor of the denominators of each tensor. size[t]: address of
+ * its rms(u) / started in the step before, a number of the arithmetic; 0 if there was none. The rest as below. */
+EXPORT void sophia_floors(int32_t dtypes, int64_t tensors, const int64_t *length, void *const *g, void *const *m,
+                          void *const *size, double *least, const Settings *settings) {
+  for (int64_t t = 0; t < tensors; ++t) {
+    double rms = 0;
+#define FLOOR(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                  \
   case NUMBER:                                                                                                  \
-    NAME((WEIGHT *)p[t] + from, (const WEIGHT *)g[t] + from, (STATE *)m[t] + from, (const STATE *)h[t] + from,   \
-         to - from, here, bottom, settings);                                                                    \
+    rms = (double)*(const REAL *)size[t] * settings->started;                                                   \
+    if (!(rms > 0) && length[t])                                                                                \
+      rms = sqrt(NAME##_squares((const WEIGHT *)g[t], (const STATE *)m[t], length[t], settings) /               \
+                 (double)length[t]);                                                                            \
     break;
     switch (dtypes) {
-      EACH(CASE)
+      EACH(FLOOR)
+    }
+    rms *= settings->damping;
+    least[t] = rms < settings->eps ? settings->eps : rms; /* what is no number stays none */
+  }
+}
+
+/* dtypes: which of the loops. tensors: how many; length[t]: elements of tensor t; p, g, m, h: their addresses.
+ * key[t]: of its noise, or NULL where nothing is rounded stochastically. least[t]: by the damped rule, the floor
+ * of its denominators; sum: then of u^2, a number for each piece of all tensors in order. Else both NULL. */
+EXPORT void sophia_step(int32_t dtypes, int64_t tensors, const int64_t *length, void *const *p, void *const *g,
+                        void *const *m, void *const *h, const uint64_t *key, const double *least, double *sum,
+                        int64_t begin, int64_t end, const Settings *settings) {
+  int64_t first = 0, pieces = 0; /* before tensor t */
+  for (int64_t t = 0; t < tensors && first < end; first += length[t], pieces += (length[t++] + PIECE - 1) / PIECE) {
+    for (int64_t piece = begin > first ? (begin - first + PIECE - 1) / PIECE : 0;
+         piece * PIECE < length[t] && first + piece * PIECE < end; ++piece) {
+      const int64_t from = piece * PIECE, count = length[t] - from < PIECE ? length[t] - from : PIECE;
+      /* The lower word counts the elements, without a carry into the upper. */
+      const uint64_t whole = key ? key[t] : 0;
+      const uint64_t here = (whole & 0xFFFFFFFF00000000u) | (uint32_t)(whole + (uint64_t)from);
+#define CASE(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
+  case NUMBER: {                                                                                                \
+    WEIGHT *const pt = (WEIGHT *)p[t] + from;                                                                   \
+    STATE *const mt = (STATE *)m[t] + from;                                                                     \
+    const WEIGHT *const gt = (const WEIGHT *)g[t] + from;                                                       \
+    const STATE *const ht = (const STATE *)h[t] + from;                                                         \
+    if (least)                                                                                                  \
+      sum[pieces + piece] = NAME##_damped(pt, gt, mt, ht, count, here, least[t], settings);                     \
+    else                                                                                                        \
+      NAME(pt, gt, mt, ht, count, here, settings->eps, settings);                                               \
+  } break;
+      switch (dtypes) {
+        EACH(CASE)
+      }
     }
   }
 }
 
-/* For pieces [begin, end) of tensors: sum[i] of the squares of u over n[i] elements, as in SPAN. */
-EXPORT void sophia_squares(int32_t dtypes, const int64_t *n, void *const *g, void *const *m, int64_t every,
-                           double *sum, int64_t begin, int64_t end, const Settings *settings) {
-  for (int64_t i = begin; i < end; ++i) sum[i] = squares(dtypes, NULL, g[i], m[i], NULL, n[i], every, settings);
+/* After it: size[t] for the next step. */
+EXPORT void sophia_sizes(int32_t dtypes, int64_t tensors, const int64_t *length, void *const *size,
+                         const double *sum, const Settings *settings) {
+  for (int64_t t = 0; t < tensors; ++t) {
+    double squares = 0;
+    for (int64_t piece = 0; piece * PIECE < length[t]; ++piece) squares += *sum++;
+    const double rms = length[t] ? sqrt(squares / (double)length[t]) / settings->started : 0;
+#define SIZE(NUMBER, NAME, REAL, WEIGHT, FROM_WEIGHT, TO_WEIGHT, STATE, FROM_STATE, TO_STATE)                   \
+  case NUMBER:                                                                                                  \
+    *(REAL *)size[t] = (REAL)rms;                                                                               \
+    break;
+    switch (dtypes) {
+      EACH(SIZE)
+    }
+  }
 }
 
 /* ---- the average of the curvature ---- */

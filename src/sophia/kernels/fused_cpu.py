@@ -9,13 +9,13 @@ foreach path serves. It needs no torch header and no OpenMP: the work is cut int
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,12 @@ from torch import Tensor
 from sophia.kernels import foreach
 from sophia.layout import is_dense
 from sophia.rounding import moved
-from sophia.update_rule import EVERY, LINE, SAMPLED_ABOVE
 
 __all__ = ["applies", "average", "averages", "step", "unavailable"]
 
-_VERSION = 3  # of the interface, as in fused_cpu.c
+_VERSION = 4  # of the interface, as in fused_cpu.c
 _LEAST = 2**15  # elements that are worth a thread of their own
-_SMALL = 2**17  # elements that a core's cache holds: the damped rule walks through them twice on the spot
+_PIECE = 2**14  # elements that one thread does at a time, as in fused_cpu.c
 
 # Dtypes of parameters and of state, and whether parameters are rounded stochastically: the loops of the
 # library by their numbers.
@@ -52,7 +51,7 @@ class _Settings(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.c_double)
-        for name in ("beta1", "gradient", "lr", "decay", "gamma", "eps", "ahead", "damping")
+        for name in ("beta1", "gradient", "lr", "decay", "gamma", "eps", "ahead", "damping", "started")
     )
 
 
@@ -69,10 +68,12 @@ def _library() -> ctypes.CDLL | str:
     if not hasattr(library, "sophia_version") or library.sophia_version() != _VERSION:
         return "the compiled kernel belongs to another version of the package: install the package again"
     pointer, count, key, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_double
-    library.sophia_step.argtypes = [ctypes.c_int32, count, *[pointer] * 7, *[count] * 2, pointer]
+    library.sophia_step.argtypes = [ctypes.c_int32, count, *[pointer] * 8, *[count] * 2, pointer]
     library.sophia_step.restype = None
-    library.sophia_squares.argtypes = [ctypes.c_int32, *[pointer] * 3, count, pointer, *[count] * 2, pointer]
-    library.sophia_squares.restype = None
+    library.sophia_floors.argtypes = [ctypes.c_int32, count, *[pointer] * 6]
+    library.sophia_floors.restype = None
+    library.sophia_sizes.argtypes = [ctypes.c_int32, count, *[pointer] * 4]
+    library.sophia_sizes.restype = None
     library.sophia_average.argtypes = [pointer, pointer, count, key, number, number]
     library.sophia_average.restype = None
     return library
@@ -110,6 +111,8 @@ def step(
     rule: str = "paper",
     damping: float = 0.0,
     scale: float = 1.0,
+    started: float = 1.0,
+    sizes: Sequence[Tensor] | None = None,
 ) -> None:
     """As ``single_tensor.step``, or as ``variants.step`` by its damped rule where ``rule`` is not "paper".
 
@@ -124,70 +127,49 @@ def step(
     loop = _LOOPS[dtype, kept, stochastic and dtype == _BF16]
     assert keys is not None or (kept != _BF16 and not stochastic), "stochastic rounding needs keys"
     rate, of_gradient = float(lr), beta1 - 1 if maximize else 1 - beta1
-    ahead = 0.0 if rule == "paper" else of_gradient
     settings = _Settings(
-        beta1, of_gradient, rate * scale, 1 - rate * weight_decay, gamma, eps, ahead, damping
+        beta1,
+        of_gradient,
+        rate * scale,
+        1 - rate * weight_decay,
+        gamma,
+        eps,
+        0.0 if rule == "paper" else of_gradient,
+        damping,
+        started,
     )
-    least = None if rule == "paper" else _floors(loop, grads, exp_avgs, settings)
+    where = ctypes.addressof(settings)
     lengths = array("q", [p.numel() for p in params])
-    noise = None if keys is None else array("Q", keys)
     # Addresses are taken anew each step: gradients move when they are set to None.
-    table = [array("q", [t.data_ptr() for t in column]) for column in (params, grads, exp_avgs, hessians)]
-    total = sum(lengths)
+    table = [_addresses(column) for column in (params, grads, exp_avgs, hessians)]
+    total, count = sum(lengths), len(lengths)
+    length, (p, g, m, h) = _start(lengths), map(_start, table)
+    noise = None if keys is None else array("Q", keys)
+    floors, sums, size = None, None, None
+    if sizes is not None:
+        size, floors = _addresses(sizes), array("d", bytes(8 * count))
+        sums = array("d", bytes(8 * (total // _PIECE + count)))  # at most so many pieces
+        library.sophia_floors(loop, count, length, g, m, _start(size), _start(floors), where)
 
     def part(begin: int, end: int) -> None:
         library.sophia_step(
-            loop,
-            len(lengths),
-            lengths.buffer_info()[0],
-            *(column.buffer_info()[0] for column in table),
-            None if noise is None else noise.buffer_info()[0],
-            None if least is None else least.buffer_info()[0],
-            begin,
-            end,
-            ctypes.addressof(settings),
+            loop, count, length, p, g, m, h, _start(noise), _start(floors), _start(sums), begin, end, where
         )
 
     _in_parts(part, total)
+    if size is not None:
+        library.sophia_sizes(loop, count, length, _start(size), _start(sums), where)
     # The C loop is invisible to autograd: tell it that these have changed, as an in-place operation would.
     torch.autograd.graph.increment_version([*params, *exp_avgs])
 
 
-def _floors(
-    loop: int, grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], settings: _Settings
-) -> array[float]:
-    """The floors of the damped rule, a tensor; -1 for a small one, which the library walks through twice."""
-    library = _library()
-    assert not isinstance(library, str), library
-    floors = array("d", [-1.0]) * len(grads)
-    large = [t for t, g in enumerate(grads) if g.numel() > _SMALL]
-    for sampled in (False, True) if large else ():
-        every = EVERY if sampled else 1
-        piece = LINE * every * 2**12  # elements
-        chosen = [t for t in large if (grads[t].numel() > SAMPLED_ABOVE) == sampled]
-        pieces = [(t, begin) for t in chosen for begin in range(0, grads[t].numel(), piece)]
-        lengths = array("q", [min(piece, grads[t].numel() - begin) for t, begin in pieces])
-        table = [
-            array("q", [column[t].data_ptr() + begin * column[t].element_size() for t, begin in pieces])
-            for column in (grads, exp_avgs)
-        ]
-        sums = array("d", bytes(8 * len(pieces)))
+def _addresses(tensors: Sequence[Tensor]) -> array[int]:
+    return array("q", [t.data_ptr() for t in tensors])
 
-        def part(begin: int, end: int, *, lengths=lengths, table=table, every=every, sums=sums) -> None:  # type: ignore[no-untyped-def]
-            addresses = [column.buffer_info()[0] for column in (lengths, *table)]
-            where = ctypes.addressof(settings)
-            library.sophia_squares(loop, *addresses, every, sums.buffer_info()[0], begin, end, where)
 
-        _in_parts(part, len(pieces), least=1, multiple=1)
-        of_tensor = dict.fromkeys(chosen, 0.0)
-        for (t, _), found in zip(pieces, sums, strict=True):
-            of_tensor[t] += found
-        for t, found in of_tensor.items():
-            runs = grads[t].numel() // LINE
-            looked_at = -(-runs // EVERY) * LINE if sampled else grads[t].numel()
-            relative = settings.damping * math.sqrt(found / looked_at)
-            floors[t] = settings.eps if relative < settings.eps else relative
-    return floors
+def _start(numbers: array[Any] | None) -> int | None:
+    """Where an array begins in memory, or NULL."""
+    return None if numbers is None else numbers.buffer_info()[0]
 
 
 def averages(hessian: Tensor, diagonal: Tensor | None) -> bool:
@@ -224,13 +206,11 @@ def average(hessian: Tensor, diagonal: Tensor | None, *, beta2: float, key: int)
     torch.autograd.graph.increment_version([hessian])
 
 
-def _in_parts(
-    part: Callable[[int, int], None], total: int, *, least: int = _LEAST, multiple: int = 32
-) -> None:
-    """Call ``part(begin, end)`` for equal parts of [0, total), one a thread; ``least`` is worth a thread."""
-    threads = max(1, min(torch.get_num_threads(), total // least))
+def _in_parts(part: Callable[[int, int], None], total: int) -> None:
+    """Call ``part(begin, end)`` for equal parts of [0, total), one a thread."""
+    threads = max(1, min(torch.get_num_threads(), total // _LEAST))
     # Multiples of a cache line in every dtype, so that no two threads write into one.
-    edges = [total * i // threads // multiple * multiple for i in range(threads)] + [total]
+    edges = [total * i // threads // 32 * 32 for i in range(threads)] + [total]
     waiting = [_pool().submit(part, *edges[i : i + 2]) for i in range(1, threads)]
     part(*edges[:2])
     for future in waiting:

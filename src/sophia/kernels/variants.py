@@ -1,7 +1,6 @@
 """The rules "damped" and "spectral" of ``update_rule.py``, in place, one tensor after another.
 
-Dense tensors under the damped rule are walked through in blocks that stay in a core's cache: once for the rms
-of u, once for the step.
+Dense tensors under the damped rule are walked through in blocks that stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from sophia.kernels.short_side import polar_of
 from sophia.layout import flat
 from sophia.rounding import store
 from sophia.update_rule import (
-    SAMPLED_ABOVE,
     average_gradient,
     damped_direction,
     look_ahead,
-    sample,
+    rms,
     spectral_direction,
+    usual_size,
 )
 
 __all__ = ["step"]
@@ -43,23 +42,27 @@ def step(
     eps: float,
     damping: float,
     scale: float,
+    started: float,
     weight_decay: float,
     maximize: bool,
+    sizes: Sequence[Tensor] | None = None,
     keys: Sequence[int] | None = None,
     stochastic: bool = False,
 ) -> None:
-    """Change ``params`` and ``exp_avgs`` in place by one step of ``rule``; ``gamma`` is already corrected.
+    """Change ``params``, ``exp_avgs`` and ``sizes`` in place by one step of ``rule``.
 
-    A tensor that is no matrix is moved by the damped rule, whatever ``rule`` says. The rest is as in
-    ``single_tensor.step``.
+    ``gamma`` is already corrected. ``started`` is this step's, and ``sizes`` hold, for each tensor, rms(u)
+    over it of the step before (``usual_size``); None if all go by the spectral rule. A tensor that is no
+    matrix is moved by the damped rule, whatever ``rule`` says. The rest is as in ``single_tensor.step``.
     """
     for i, row in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
         spectral = rule == "spectral" and row[0].ndim == 2
         wide = torch.promote_types(torch.promote_types(row[0].dtype, row[2].dtype), torch.float32)
         dense = row[0].device.type == "cpu" and foreach.applies(*row) and not torch.is_grad_enabled()
         dense = dense and row[0].dtype == row[2].dtype == wide
-        if dense and not (spectral or maximize or isinstance(lr, Tensor)):
-            _damped_in_blocks(*row, lr * scale, beta1, gamma, eps, damping, 1 - lr * weight_decay)
+        if dense and sizes is not None and not (spectral or maximize or isinstance(lr, Tensor)):
+            decay = 1 - lr * weight_decay
+            _damped_in_blocks(*row, sizes[i], lr * scale, beta1, gamma, eps, damping, started, decay)
             continue
         param, grad, exp_avg, hessian = row
         g = (-grad if maximize else grad).to(wide)
@@ -69,7 +72,10 @@ def step(
             # A graph through the step takes the plain way.
             direction = spectral_direction(u, h, polar_of=None if torch.is_grad_enabled() else polar_of)
         else:
-            direction = damped_direction(u, h, gamma=gamma, eps=eps, damping=damping)
+            assert sizes is not None
+            size = usual_size(u, sizes[i], started=started)
+            direction = damped_direction(u, h, size=size, gamma=gamma, eps=eps, damping=damping)
+            sizes[i].copy_(rms(u) / started)
         theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before it is stored
         theta = theta * (1 - lr * weight_decay) - lr * scale * direction
         key = None if keys is None else keys[i]
@@ -82,25 +88,30 @@ def _damped_in_blocks(
     grad: Tensor,
     exp_avg: Tensor,
     hessian: Tensor,
+    size: Tensor,
     lr: float,
     beta1: float,
     gamma: float,
     eps: float,
     damping: float,
+    started: float,
     decay: float,
 ) -> None:
-    squares, seen = 0.0, 0
-    for m, g in _blocks(*(sample(t if t.numel() > SAMPLED_ABOVE else flat(t)) for t in (exp_avg, grad))):
-        u = look_ahead(m.lerp(g, 1 - beta1), g, beta1=beta1)
-        squares, seen = squares + float(u.square().sum()), seen + u.numel()
-    floor = max(damping * math.sqrt(squares / max(seen, 1)), eps)
+    usual, squares = float(size) * started, 0.0
+    if not usual > 0:
+        pieces = _blocks(flat(exp_avg), flat(grad))
+        squares = sum(float(m.lerp(g, 1 - beta1).lerp_(g, 1 - beta1).square().sum()) for m, g in pieces)
+        usual, squares = math.sqrt(squares / max(param.numel(), 1)), 0.0
+    floor = max(damping * usual, eps)
     for p, g, m, h in _blocks(*map(flat, (param, grad, exp_avg, hessian))):
         m.lerp_(g, 1 - beta1)
         u = m.lerp(g, 1 - beta1)
+        squares += float(u.square().sum())
         # For d > 0, clip(u / d, 1) = u / max(d, |u|).
         d = torch.mul(h, gamma).clamp_min_(floor)
         torch.maximum(d, u.abs(), out=d)
         p.mul_(decay).addcdiv_(u, d, value=-lr)
+    size.fill_(math.sqrt(squares / max(param.numel(), 1)) / started)
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
