@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sophia import Sophia
-from sophia.groups import hidden_matrices
+from sophia.hidden import hidden_matrices
 from sophia.lab import contenders, corpus, models, protocol_files, schedules, tokens, vocabulary
 from sophia.lab.config import Data
 from sophia.update_rule import corrected_gamma, look_ahead, rms

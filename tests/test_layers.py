@@ -32,7 +32,7 @@ LAYERS = [
     {"sophia.attach"},
     {"sophia.replay"},
     {"sophia.refresh"},
-    {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.work"},
+    {"sophia.checkpoints", "sophia.diagnostics", "sophia.groups", "sophia.hidden", "sophia.work"},
     {"sophia.optimizer"},
     {"sophia"},
     {"sophia.integrations", "sophia.doctor"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,50 +16,10 @@ __all__ = [
     "RULES",
     "check_group",
     "decayed_and_not",
-    "hidden_apart",
-    "hidden_matrices",
     "translated_from_adamw",
 ]
 
 RULES = ("paper", "damped", "spectral")
-
-# The step of a hidden matrix, in units of lr. Its rows and columns share directions that a diagonal h cannot
-# see, so it stands less than an embedding does; 0.2 is the rms of AdamW's steps (arXiv 2502.16982).
-_OF_HIDDEN = {"damped": 0.1, "spectral": 0.2}
-
-
-def hidden_matrices(model: nn.Module) -> set[int]:
-    """The ids of a model's matrices that are neither embedding nor head.
-
-    Embeddings are the weights of ``nn.Embedding`` and what is tied to them; the head is what
-    ``get_output_embeddings()`` of transformers gives, or else the linear layer registered last.
-    """
-    named = getattr(model, "get_output_embeddings", None)
-    head = named() if callable(named) else None
-    if head is None:
-        head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    outer |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    return {id(p) for p in model.parameters() if p.ndim == 2 and id(p) not in outer}
-
-
-def hidden_apart(params: Iterable[Any], model: nn.Module, rule: str) -> list[dict[str, Any]]:
-    """Groups for one of our own rules: hidden matrices apart, with that rule and their scale; the rest is
-    moved by the damped one. A group that names its rule stays as it is.
-    """
-    given = list(params)
-    hidden = hidden_matrices(model)
-    groups = []
-    for group in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
-        if "rule" in group:
-            groups.append(dict(group))
-            continue
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        inner = [m for m in members if id(m[1] if isinstance(m, tuple) else m) in hidden]
-        outer = [m for m in members if id(m[1] if isinstance(m, tuple) else m) not in hidden]
-        groups += [{**group, "params": inner, "rule": rule, "scale": _OF_HIDDEN[rule]}] if inner else []
-        groups += [{**group, "params": outer, "rule": "damped"}] if outer or not members else []
-    return groups
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

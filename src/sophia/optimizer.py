@@ -16,8 +16,9 @@ from sophia.attach import Recorder
 from sophia.curvature import Estimator, GaussNewtonBartlett, agreed_likelihood, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
-from sophia.groups import RULES, check_group, decayed_and_not, hidden_apart, translated_from_adamw
+from sophia.groups import RULES, check_group, decayed_and_not, translated_from_adamw
 from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
+from sophia.hidden import apart
 from sophia.kernels.curvature import average
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.noise import seed_for
@@ -162,7 +163,7 @@ class Sophia(torch.optim.Optimizer):
                     f"rule={rule!r} tells hidden matrices from embeddings and the head by the model: pass "
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
-            params = hidden_apart(params, model, rule)
+            params = apart(params, model, rule)
         self.mode, self.fraction = mode, fraction
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)

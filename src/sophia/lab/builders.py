@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sophia import Sophia
-from sophia.groups import hidden_matrices
+from sophia.hidden import hidden_matrices
 from sophia.lab.ablated import Ablated
 from sophia.lab.borrowed import RootOfCurvature
 from sophia.lab.contender import Settings, decayed_and_not
