@@ -56,18 +56,6 @@ def as_it_is(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
     return rule(model, s, seed), nothing
 
 
-def hidden_at(scale: float) -> Callable[..., Made]:
-    """Hidden matrices move by another part of lr."""
-
-    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
-        made = rule(model, s, seed)
-        for group in made.param_groups:
-            group["scale"] = scale if group["scale"] != 1.0 else 1.0
-        return made, nothing
-
-    return make
-
-
 def every(k: int) -> Callable[..., Made]:
     """Another interval of refreshes."""
     return lambda model, s, seed: (rule(model, s, seed, update_every=k), nothing)
@@ -140,9 +128,6 @@ def in_bfloat16(x: Tensor) -> Tensor:
 
 # name: contender, how it is made, what stands in for the polar factor
 IDEAS: dict[str, tuple[str, Callable[..., Made], Callable[[Tensor], Tensor] | None]] = {
-    "damped": ("sophia-damped", as_it_is, None),
-    "damped, hidden at 0.05 lr": ("sophia-damped", hidden_at(0.05), None),
-    "damped, hidden at 0.025 lr": ("sophia-damped", hidden_at(0.025), None),
     "spectral": ("sophia-spectral", as_it_is, None),
     "spectral, products in bfloat16": ("sophia-spectral", as_it_is, in_bfloat16),
     "spectral, tables by Adam, lr": ("sophia-spectral", tables_by_adam(1.0), None),
@@ -153,41 +138,42 @@ IDEAS: dict[str, tuple[str, Callable[..., Made], Callable[[Tensor], Tensor] | No
 }
 
 
-def run(idea: str, protocol: Any, text: Any, ids: Any, seed: int, steps: int) -> dict[str, Any]:
-    """Train and return the row."""
-    contender, make, polar_of = IDEAS[idea]
-    data = Data(text.name, text.sha256, vocabulary.SHA256)
-    config = protocol.run(contender, data=data, seed=seed, steps=steps, device="cpu")
+def trained(config: Any, make: Callable[..., Made], ids: Any) -> tuple[float, float]:
+    """Train as ``config`` says with what ``make`` gives; return held-out loss and processor seconds."""
     context, began = config.model.context, time.process_time()
     torch.set_num_threads(config.threads)
-    model = models.build(config.model, seed=seed)
+    model = models.build(config.model, seed=config.seed)
     parameters = list(model.parameters())
-    optimizer, before = make(model, config.optimizer.settings, seed)
+    optimizer, before = make(model, config.optimizer.settings, config.seed)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    with mock.patch.object(variants, "polar_of", polar_of or variants.polar_of):
-        for step in range(steps):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * schedules.factor(config.schedule, step, steps=steps)
-            batch = ids.batch(seed=seed, step=step, size=config.batch, context=context)
-            before(step, batch)
-            model(input_ids=batch, labels=batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
+    for step in range(config.steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
+        batch = ids.batch(seed=config.seed, step=step, size=config.batch, context=context)
+        before(step, batch)
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
     seconds = time.process_time() - began
     held_out, _ = ids.held_out(sequences=config.evaluation.sequences, context=context)
     model.eval()
     with torch.no_grad():
         parts = held_out.split(64)
         loss = sum(float(model(input_ids=x, labels=x).loss) * len(x) for x in parts) / len(held_out)
-    return {
-        "idea": idea,
-        "seed": seed,
-        "steps": steps,
-        "loss": round(loss, 5),
-        "cpu_seconds": round(seconds, 1),
-        "settings": dict(config.optimizer.settings),
-    }
+    return round(loss, 5), round(seconds, 1)
+
+
+def run(idea: str, protocol: Any, text: Any, ids: Any, seed: int, steps: int) -> dict[str, Any]:
+    """Train and return the row."""
+    contender, make, polar_of = IDEAS[idea]
+    data = Data(text.name, text.sha256, vocabulary.SHA256)
+    config = protocol.run(contender, data=data, seed=seed, steps=steps, device="cpu")
+    with mock.patch.object(variants, "polar_of", polar_of or variants.polar_of):
+        loss, seconds = trained(config, make, ids)
+    settings = dict(config.optimizer.settings)
+    row = {"idea": idea, "seed": seed, "steps": steps, "loss": loss, "cpu_seconds": seconds}
+    return row | {"settings": settings}
 
 
 def main(protocol_file: Path, out: Path, steps: int, word: str) -> None:

@@ -1,0 +1,118 @@
+"""How far hidden matrices should move beside the rest, at several widths: a direction, not evidence.
+
+    python benchmarks/probe_proportions.py PROTOCOL.toml OUT.jsonl [WIDTH ...]
+
+The yardstick's small cell with wider models, 200 steps, the protocol's first seed and its settings but for
+the rates: one for hidden matrices, one for the rest. Appends a line for each run as it ends; what is in the
+file is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from probe_ideas import Made, nothing, rule, trained
+from torch import nn
+
+from sophia.lab import builders, corpus, protocol_files, tokens, vocabulary
+from sophia.lab.config import Data
+
+STEPS = 200
+
+# width: (contender, rate of the rest, rate of the hidden matrices)
+POINTS: dict[int, list[tuple[str, float, float]]] = {
+    96: [
+        ("sophia-damped", 0.0126, 0.00126),
+        ("sophia-damped", 0.0126, 0.00063),
+        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0126, 0.000158),
+        ("sophia-damped", 0.025, 0.00125),
+        ("sophia-damped", 0.025, 0.000625),
+        ("sophia-damped", 0.025, 0.000312),
+        ("sophia-damped", 0.05, 0.000625),
+        ("sophia-spectral", 0.0135, 0.0027),
+        ("sophia-spectral", 0.0135, 0.00135),
+        ("sophia-spectral", 0.027, 0.0027),
+        ("sophia-spectral", 0.027, 0.00135),
+    ],
+    192: [
+        ("sophia-damped", 0.0063, 0.000315),
+        ("sophia-damped", 0.0063, 0.000158),
+        ("sophia-damped", 0.0126, 0.00126),
+        ("sophia-damped", 0.0126, 0.00063),
+        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0126, 0.000158),
+        ("sophia-damped", 0.025, 0.000625),
+        ("sophia-damped", 0.025, 0.000312),
+    ],
+    384: [
+        ("adamw", 0.0024, 0.0024),
+        ("adamw", 0.0012, 0.0012),
+        ("adamw", 0.0006, 0.0006),
+        ("adamw-apart", 0.0218, 0.000632),
+        ("adamw-apart", 0.0218, 0.000158),
+        ("sophia-damped", 0.00315, 0.000079),
+        ("sophia-damped", 0.0063, 0.000039),
+        ("sophia-damped", 0.0063, 0.000079),
+        ("sophia-damped", 0.0063, 0.000158),
+        ("sophia-damped", 0.0126, 0.000079),
+        ("sophia-damped", 0.0126, 0.000158),
+        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0126, 0.00063),
+        ("sophia-spectral", 0.0135, 0.000169),
+        ("sophia-spectral", 0.0135, 0.000338),
+        ("sophia-spectral", 0.0135, 0.000675),
+        ("sophia-spectral", 0.0135, 0.00135),
+        ("sophia-spectral", 0.0135, 0.0027),
+        ("sophia-spectral", 0.027, 0.00135),
+        ("sophia-spectral", 0.027, 0.0027),
+        ("sophia-spectral", 0.027, 0.0054),
+    ],
+}
+
+
+def made(contender: str, rest: float, hidden: float) -> Callable[..., Made]:
+    """The contender with these two rates; those of Sophia count a step of rms or bound 1."""
+
+    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+        if contender == "adamw":
+            return builders.adamw(model, {**s, "lr": rest}, seed), nothing
+        if contender == "adamw-apart":
+            return builders.adamw_apart(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
+        optimizer = rule(model, {**s, "lr": rest}, seed)
+        scales = {group["scale"] for group in optimizer.param_groups}
+        for group in optimizer.param_groups:
+            group["scale"] = hidden / rest if group["scale"] == min(scales) else 1.0
+        return optimizer, nothing
+
+    return make
+
+
+def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
+    """Run what is missing."""
+    protocol = protocol_files.load(protocol_file)
+    text = corpus.load(protocol.data)
+    ids = tokens.encode(text)
+    data = Data(text.name, text.sha256, vocabulary.SHA256)
+    lines = out.read_text().splitlines() if out.exists() else []
+    known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in map(json.loads, lines)}
+    for width in widths:
+        wider = replace(protocol, model=replace(protocol.model, width=width))
+        for contender, rest, hidden in POINTS[width]:
+            if (width, contender, rest, hidden) in known:
+                continue
+            config = wider.run(contender, data=data, seed=protocol.seeds[0], steps=STEPS, device="cpu")
+            loss, seconds = trained(config, made(contender, rest, hidden), ids)
+            row = {"width": width, "contender": contender, "rest": rest, "hidden": hidden, "loss": loss}
+            with out.open("a") as file:
+                file.write(json.dumps({**row, "cpu_seconds": seconds, "seed": config.seed}) + "\n")
+            print(f"{contender} {width}: {rest} and {hidden}: {loss}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]] or list(POINTS))
