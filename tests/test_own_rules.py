@@ -325,19 +325,6 @@ def test_what_cannot_be_meant():
         Sophia([{"params": model.parameters(), "scale": 0.5}], model=model)
 
 
-def test_shards_are_refused_before_anything_moves():
-    model = Block()
-    optimizer = Sophia(model, rule="spectral", mode="manual", estimator=Given())
-    optimizer.param_groups[0]["params"][0]._fsdp_flattened = True
-    before = copy.deepcopy(model.state_dict())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=r"is sharded\. Use rule='paper'"):
-        optimizer.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
 def test_blocks_equal_the_rule_in_any_dense_layout():
     torch.manual_seed(0)
     shape = (300, 700)  # more than one block, the last of them short

@@ -26,7 +26,7 @@ from sophia.refresh import Refresher, check_ownership, is_due, staleness
 from sophia.rounding import key_of_parameter, moved
 from sophia.sharding import check_whole, first_element, local
 from sophia.state import SIZE, add_what_is_missing, check_origin, restore_state
-from sophia.work import Work, current_gamma, work_of
+from sophia.work import Work, current_gamma, sizes_of_whole_tensors, work_of
 from sophia.wrappers import unwrapped
 
 __all__ = ["Sophia"]
@@ -62,8 +62,8 @@ class Sophia(torch.optim.Optimizer):
             logits.
         rule: ``"paper"``: Algorithm 3, or one of our own with the same buffers (equations in
             ``sophia.update_rule``, measurements in docs/research.md): ``"damped"``, element by element, or
-            ``"spectral"``, which bounds the singular values of the steps of hidden matrices. These two need
-            whole tensors: no sharded ones.
+            ``"spectral"``, which bounds the singular values of the steps of hidden matrices and needs them
+            whole: no shards.
         damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``.
         update_every: k, steps between two refreshes.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
@@ -313,6 +313,7 @@ class Sophia(torch.optim.Optimizer):
         # Under torch.compile the arithmetic alone is in the graph: the books and the refresh change what a
         # graph would bake in. (And a dict with tensors as keys, which torch.optim's state is, is traced
         # wrongly: all parameters would have the state of one.)
+        own_rules = False
         for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
             with torch.set_grad_enabled(differentiable):
                 # The noise of a step, the corrected gamma of our own rules: a graph would bake them in.
@@ -320,6 +321,9 @@ class Sophia(torch.optim.Optimizer):
                     _step_outside_of_graphs(kernel, columns, settings)
                 else:
                     kernel.step(*columns, **settings)
+            own_rules = own_rules or "rule" in settings
+        if own_rules:
+            self._join_shards(first=False)
         return loss
 
     @untraced
@@ -332,7 +336,7 @@ class Sophia(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     check_gradient(parameter.grad, parameter)
-                    check_whole(parameter, group["rule"])
+                    check_whole(parameter, group)
         if self._is_asked_for_empty_state():
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -344,6 +348,7 @@ class Sophia(torch.optim.Optimizer):
                 self._refresh_if_due()
         for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
             self._warn_if_stale(group)
+        self._join_shards(first=True)
         work = [
             part
             for group in self.param_groups
@@ -359,6 +364,11 @@ class Sophia(torch.optim.Optimizer):
             group["step"] += 1
         self._listen()
         return work
+
+    @untraced
+    def _join_shards(self, *, first: bool) -> None:
+        with torch.no_grad():
+            sizes_of_whole_tensors(self.param_groups, self._state_of, first=first)
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step

@@ -1,17 +1,19 @@
 """Which part of a parameter this process holds.
 
 Sophia is element-wise, so the update of a shard needs the shard alone: every kernel runs on plain
-local tensors.
+local tensors. The damped rule needs one number of the whole tensor besides; the spectral one all of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_whole", "first_element", "is_dtensor", "laid_out_like", "local"]
+__all__ = ["check_whole", "first_element", "is_dtensor", "laid_out_like", "local", "sums_over_shards"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -19,13 +21,48 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
-def check_whole(parameter: Tensor, rule: str) -> None:
-    """Raise RuntimeError for a shard under a rule that looks at a whole tensor."""
-    if rule != "paper" and (is_dtensor(parameter) or getattr(parameter, "_fsdp_flattened", False)):
+def check_whole(parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise RuntimeError for a shard under a rule that cannot work on it."""
+    rule = group["rule"]
+    if rule == "paper":
+        return
+    shape = tuple(parameter.shape)
+    if getattr(parameter, "_fsdp_flattened", False):
         raise RuntimeError(
-            f"rule={rule!r} takes the rms or the singular values of whole tensors, and this parameter of "
-            f"shape {tuple(parameter.shape)} is sharded. Use rule='paper', which is element-wise, or DDP"
+            f"rule={rule!r} needs to know whole tensors, and FSDP1 has flattened this parameter (shape here "
+            f"{shape}). Use fully_shard (FSDP2) with rule='damped', or rule='paper', which is element-wise"
         )
+    if is_dtensor(parameter) and (rule == "spectral" or group["differentiable"]):
+        what = (
+            "takes the singular values of whole matrices" if rule == "spectral" else "is not differentiable"
+        )
+        raise RuntimeError(
+            f"rule={rule!r} {what}, and this parameter of shape {shape} is sharded. Use rule='damped' or "
+            "rule='paper', or DDP"
+        )
+
+
+def sums_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
+    """From this process's part of a sum over each DTensor the whole sums: a collective for each mesh.
+
+    Args:
+        parts: a number for each of ``tensors``, on their device.
+        tensors: DTensors, the same on all processes.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    alike: dict[tuple[Any, tuple[bool, ...]], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        cut = tuple(bool(placement.is_shard()) for placement in tensor.placements)
+        alike.setdefault((tensor.device_mesh, cut), []).append(number)
+    whole = list(parts)
+    for (mesh, cut), numbers in alike.items():
+        mine = torch.stack([parts[number] for number in numbers])
+        placements = [Partial() if shards else Replicate() for shards in cut]
+        sums = DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
+        for number, total in zip(numbers, sums.unbind(), strict=True):
+            whole[number] = total
+    return whole
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sophia.kernels import choose
-from sophia.sharding import is_dtensor, local
+from sophia.sharding import is_dtensor, local, sums_over_shards
 from sophia.state import SIZE
-from sophia.update_rule import corrected_gamma, started
+from sophia.update_rule import average_gradient, corrected_gamma, look_ahead, rms, started
 
-__all__ = ["Work", "current_gamma", "work_of"]
+__all__ = ["Work", "current_gamma", "sizes_of_whole_tensors", "work_of"]
 
 Work = tuple[ModuleType, tuple[Sequence[Tensor], ...], dict[str, Any], bool]
 """A kernel, the four columns of tensors and the settings of its call, and whether under a graph."""
@@ -73,6 +73,44 @@ def work_of(
         more |= {"sizes": sizes} if sizes else {}
         columns = tuple(zip(*rows, strict=True))
         yield kernel, columns, {**settings, **more}, bool(group["differentiable"])
+
+
+def sizes_of_whole_tensors(
+    groups: Iterable[Mapping[str, Any]],
+    state_of: Callable[[Tensor, Mapping[str, Any]], Mapping[str, Tensor]],
+    *,
+    first: bool,
+) -> None:
+    """Where parameters are shards under the damped rule, make their sizes those of the whole tensors.
+
+    A collective of one number a tensor: after a step, whose kernels saw this process's part alone, and before
+    the first one, which has no step before it.
+
+    Args:
+        groups: of the optimizer's ``param_groups``.
+        state_of: as in ``work_of``.
+        first: only groups that are about to take their first step, whose sizes are taken from the gradients.
+    """
+    sharded: list[tuple[Tensor, Tensor]] = []
+    for group in groups:
+        if group["rule"] != "damped" or (first and _coming(group) != 1):
+            continue
+        for parameter in group["params"]:
+            if parameter.grad is None or not is_dtensor(parameter):
+                continue
+            state = state_of(parameter, group)
+            sharded.append((parameter, state[SIZE]))
+            if first:
+                _, g, m = _shards(parameter, parameter.grad, state["exp_avg"])
+                beta1 = float(group["betas"][0])
+                g, m = ((-g if group["maximize"] else g).to(state[SIZE].dtype), m.to(state[SIZE].dtype))
+                u = look_ahead(average_gradient(m, g, beta1=beta1), g, beta1=beta1)
+                state[SIZE].copy_(rms(u) / started(beta1, step=1))
+    if sharded:
+        squares = [size.square() * local(p).numel() for p, size in sharded]
+        sums = sums_over_shards(squares, [p for p, _ in sharded])
+        for (p, size), total in zip(sharded, sums, strict=True):
+            size.copy_((total / p.numel()).sqrt())
 
 
 def current_gamma(group: Mapping[str, Any]) -> float:

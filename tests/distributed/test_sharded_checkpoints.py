@@ -23,7 +23,8 @@ K = 3
 
 
 def build(layout):
-    """Model and optimizer, with labels from the real sampler."""
+    """Model and optimizer, with labels from the real sampler; a layout may name a rule: "shards, damped"."""
+    layout, _, rule = layout.partition(", ")
     model = {
         "plain": GPT,
         "ddp": lambda: DistributedDataParallel(GPT()),
@@ -31,7 +32,7 @@ def build(layout):
         "hybrid": layouts.hybrid,
         "flat": lambda: layouts.flat(use_orig_params=True),
     }[layout]()
-    return model, Sophia(model, lr=1e-3, update_every=K, seed=3)
+    return model, Sophia(model, lr=1e-3, update_every=K, seed=3, rule=rule or "paper")
 
 
 def train(model, opt, steps):
@@ -87,7 +88,7 @@ def straight_and_resumed(layout, cut, folder):
 
 
 @pytest.mark.parametrize("cut", range(1, K + 2))
-@pytest.mark.parametrize("layout", ["shards", "ddp"])
+@pytest.mark.parametrize("layout", ["shards", "ddp", "shards, damped"])
 def test_resume_is_bit_equal_at_every_phase(layout, cut, tmp_path):
     """Noise, age or step that a checkpoint does not carry; an empty step of the loader that was counted."""
     for result in teams.run(2, straight_and_resumed, layout=layout, cut=cut, folder=str(tmp_path)):
@@ -116,12 +117,15 @@ def load(layout, folder, reference):
 
 
 @pytest.mark.parametrize(
-    ("size", "layout"), [(1, "plain"), (1, "shards"), (4, "shards"), (4, "hybrid"), (4, "ddp")]
+    ("size", "layout"),
+    [(1, "plain"), (1, "shards"), (4, "shards"), (4, "hybrid"), (4, "ddp"), (4, "shards, damped")],
 )
 def test_saved_at_two_ranks_loaded_at_another_number(size, layout, tmp_path):
     """A run that can only go on with as many ranks as it began with."""
     folder, reference = str(tmp_path / "saved"), str(tmp_path / "reference.pt")
-    teams.run(2, save, layout="shards", folder=folder, reference=reference)
+    _, _, rule = layout.partition(", ")
+    saved = f"shards, {rule}" if rule else "shards"
+    teams.run(2, save, layout=saved, folder=folder, reference=reference)
     for same, step, refreshes in teams.run(size, load, layout=layout, folder=folder, reference=reference):
         assert same
         assert step == 2 * K + 2
