@@ -19,7 +19,7 @@ from typing import Any
 from probe_ideas import Made, nothing, rule, trained
 from torch import nn
 
-from sophia.lab import builders, corpus, protocol_files, tokens, vocabulary
+from sophia.lab import builders, corpus, environment, protocol_files, tokens, vocabulary
 from sophia.lab.config import Data
 
 STEPS = 200
@@ -27,40 +27,43 @@ STEPS = 200
 # width: (contender, rate of the rest, rate of the hidden matrices)
 POINTS: dict[int, list[tuple[str, float, float]]] = {
     96: [
-        ("sophia-damped", 0.0126, 0.00126),
-        ("sophia-damped", 0.0126, 0.00063),
-        ("sophia-damped", 0.0126, 0.000315),
         ("sophia-damped", 0.0126, 0.000158),
-        ("sophia-damped", 0.025, 0.00125),
+        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0126, 0.00063),
+        ("sophia-damped", 0.0126, 0.00126),
+        ("sophia-damped", 0.02, 0.0005),
+        ("sophia-damped", 0.02, 0.00075),
+        ("sophia-damped", 0.025, 0.000313),
         ("sophia-damped", 0.025, 0.000625),
-        ("sophia-damped", 0.025, 0.000312),
+        ("sophia-damped", 0.025, 0.00125),
         ("sophia-damped", 0.05, 0.000625),
-        ("sophia-spectral", 0.0135, 0.0027),
         ("sophia-spectral", 0.0135, 0.00135),
-        ("sophia-spectral", 0.027, 0.0027),
+        ("sophia-spectral", 0.0135, 0.0027),
         ("sophia-spectral", 0.027, 0.00135),
+        ("sophia-spectral", 0.027, 0.0027),
     ],
     192: [
-        ("sophia-damped", 0.0063, 0.000315),
         ("sophia-damped", 0.0063, 0.000158),
-        ("sophia-damped", 0.0126, 0.00126),
-        ("sophia-damped", 0.0126, 0.00063),
-        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0063, 0.000315),
         ("sophia-damped", 0.0126, 0.000158),
+        ("sophia-damped", 0.0126, 0.000315),
+        ("sophia-damped", 0.0126, 0.00063),
+        ("sophia-damped", 0.0126, 0.00126),
+        ("sophia-damped", 0.025, 0.000313),
         ("sophia-damped", 0.025, 0.000625),
-        ("sophia-damped", 0.025, 0.000312),
+        ("sophia-damped", 0.0089, 0.000222),
     ],
     384: [
-        ("adamw", 0.0024, 0.0024),
-        ("adamw", 0.0012, 0.0012),
         ("adamw", 0.0006, 0.0006),
-        ("adamw-apart", 0.0218, 0.000632),
+        ("adamw", 0.0012, 0.0012),
+        ("adamw", 0.0024, 0.0024),
         ("adamw-apart", 0.0218, 0.000158),
-        ("sophia-damped", 0.00315, 0.000079),
-        ("sophia-damped", 0.0063, 0.000039),
-        ("sophia-damped", 0.0063, 0.000079),
+        ("adamw-apart", 0.0218, 0.000632),
+        ("sophia-damped", 0.00315, 7.88e-05),
+        ("sophia-damped", 0.0063, 3.94e-05),
+        ("sophia-damped", 0.0063, 7.88e-05),
         ("sophia-damped", 0.0063, 0.000158),
-        ("sophia-damped", 0.0126, 0.000079),
+        ("sophia-damped", 0.0126, 7.88e-05),
         ("sophia-damped", 0.0126, 0.000158),
         ("sophia-damped", 0.0126, 0.000315),
         ("sophia-damped", 0.0126, 0.00063),
@@ -72,6 +75,9 @@ POINTS: dict[int, list[tuple[str, float, float]]] = {
         ("sophia-spectral", 0.027, 0.00135),
         ("sophia-spectral", 0.027, 0.0027),
         ("sophia-spectral", 0.027, 0.0054),
+        ("sophia-damped", 0.0045, 0.000112),
+        ("sophia-spectral", 0.00675, 0.00135),
+        ("sophia-spectral", 0.00338, 0.000675),
     ],
 }
 
@@ -99,6 +105,7 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
+    commit = environment.describe(threads=1, device="cpu")["commit"]
     lines = out.read_text().splitlines() if out.exists() else []
     known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in map(json.loads, lines)}
     for width in widths:
@@ -109,8 +116,11 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
             config = wider.run(contender, data=data, seed=protocol.seeds[0], steps=STEPS, device="cpu")
             loss, seconds = trained(config, made(contender, rest, hidden), ids)
             row = {"width": width, "contender": contender, "rest": rest, "hidden": hidden, "loss": loss}
+            row |= {"cpu_seconds": seconds, "seed": config.seed}
+            settings = {k: v for k, v in config.optimizer.settings.items() if "lr" not in k}
+            row |= {"settings": {**settings, "warmup_steps": config.schedule.warmup}}
             with out.open("a") as file:
-                file.write(json.dumps({**row, "cpu_seconds": seconds, "seed": config.seed}) + "\n")
+                file.write(json.dumps({**row, "commit": commit}) + "\n")
             print(f"{contender} {width}: {rest} and {hidden}: {loss}", flush=True)
 
 
