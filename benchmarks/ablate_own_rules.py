@@ -9,7 +9,6 @@ run that is in the file is not made again. One thread.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import records
 import torch
 
 from sophia import update_rule, work
@@ -67,9 +67,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
     protocol = protocol_files.load(protocol_file)
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {(row["part"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    done = {(row["part"], row["seed"], row["steps"]) for row in records.lines(out)}
     for seed in protocol.seeds:
         for part, (contender, settings, replacements) in PARTS.items():
             if (part, seed, steps) in done:
@@ -92,8 +90,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
                 "loss": result["loss"],
                 "settings": named.settings,
             }
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            records.append(out, row)
             print(f"{part}, seed {seed}: {result['loss']}", flush=True)
 
 

@@ -9,12 +9,12 @@ machine may do other work meanwhile; its load is recorded before, after the meas
 
 import argparse
 import dataclasses
-import json
 import os
 import tempfile
 import time
 from pathlib import Path
 
+import records
 import torch
 
 from sophia.lab import corpus, environment, outlook, plan, protocol_files, tokens
@@ -75,8 +75,7 @@ def main() -> None:
     }
     print(f"It took {seconds:.0f} s and {disk:,} bytes.")
     if options.records:
-        with options.records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        records.append(options.records, row)
 
 
 if __name__ == "__main__":

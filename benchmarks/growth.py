@@ -14,17 +14,16 @@ The refresh: one small model has trained 3000 steps, another 30; steps with a re
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 
 import gpt
+import records
 import torch
 from torch.nn import functional as F
 
 from sophia import Sophia
-from sophia.lab import environment
 
 SMALL = 1000
 
@@ -120,20 +119,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = {
-        "unit": "CPU nanoseconds a parameter, medians; caches filled with something else before each step",
-        "rounds": options.rounds,
-        "date": time.strftime("%Y-%m-%d"),
-        "load_of_the_machine": round(os.getloadavg()[0], 1),
-        "environment": environment.describe(threads=1, device="cpu"),
-        "refresh_after_3000_steps": refreshes(60),
-        "sizes": steps([int(size * 1e6) for size in options.sizes], options.rounds),
-    }
-    each = [row["ns_per_parameter"] for row in record["sizes"].values() if "ns_per_parameter" in row]
-    record["largest_over_smallest"] = round(max(each) / min(each), 3)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    refresh = refreshes(60)
+    sizes = steps([int(size * 1e6) for size in options.sizes], options.rounds)
+    each = [row["ns_per_parameter"] for row in sizes.values() if "ns_per_parameter" in row]
+    records.write(
+        options.json,
+        threads=1,
+        unit="CPU nanoseconds a parameter, medians; caches filled with something else before each step",
+        rounds=options.rounds,
+        refresh_after_3000_steps=refresh,
+        sizes=sizes,
+        largest_over_smallest=round(max(each) / min(each), 3),
+    )
 
 
 if __name__ == "__main__":

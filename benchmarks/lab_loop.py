@@ -10,17 +10,17 @@ take the same number of steps of the same shape; compared is the processor time 
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 from threads import waiting_costs_nothing
 
-from sophia.lab import contenders, corpus, environment, models, tokens, training, vocabulary
+from sophia.lab import contenders, corpus, models, tokens, training, vocabulary
 from sophia.lab.config import Data, Evaluation, Model, Optimizer, Run, Schedule
 
 SHAPES = {
@@ -105,19 +105,14 @@ def main() -> None:
             "share_of_making_batches": round(batches(run, ids) / steps / statistics.median(each), 5),
         }
         print(f"{name}  {json.dumps(rows[name])}", flush=True)
-    if options.json:
-        record = {
-            "unit": "tokens a CPU second of the lab's loop over those of a plain loop, AdamW fused in both, "
-            "medians of A B A rounds",
-            "rounds": options.rounds,
-            "threads": options.threads,
-            "date": time.strftime("%Y-%m-%d"),
-            "load_of_the_machine": round(os.getloadavg()[0], 1),
-            "environment": environment.describe(threads=options.threads, device="cpu"),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(
+        options.json,
+        threads=options.threads,
+        unit="tokens a CPU second of the lab's loop over those of a plain loop, AdamW fused in both, medians "
+        "of A B A rounds",
+        rounds=options.rounds,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import gpt
+import records
 import torch
 from torch.nn import functional as F
 
@@ -88,15 +89,7 @@ def main() -> None:
         rows[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         rows[name]["peak_over_adamw"] = round(rows[name]["peak_mib"] / rows["adamw"]["peak_mib"], 3)
         print(f"{name:22s} {rows[name]}", flush=True)
-    if options.json:
-        record = {
-            "size": options.size,
-            "shape": gpt.SIZES[options.size],
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(options.json, threads=1, size=options.size, shape=gpt.SIZES[options.size], rows=rows)
 
 
 if __name__ == "__main__":

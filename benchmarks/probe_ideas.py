@@ -9,7 +9,6 @@ WORD: only ideas whose name contains it.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import records
 import torch
 from torch import Tensor, nn
 
@@ -181,15 +181,12 @@ def main(protocol_file: Path, out: Path, steps: int, word: str) -> None:
     protocol = protocol_files.load(protocol_file)
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {(row["idea"], row["seed"], row["steps"]) for row in map(json.loads, lines)}
+    done = {(row["idea"], row["seed"], row["steps"]) for row in records.lines(out)}
     for seed in protocol.seeds:
         for idea in IDEAS:
             if word in idea and (idea, seed, steps) not in done:
                 row = run(idea, protocol, text, ids, seed, steps)
-                with out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                records.append(out, row)
                 print(f"{idea}, seed {seed}: {row['loss']}", flush=True)
 
 

@@ -9,13 +9,13 @@ file is not made again.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import records
 from probe_ideas import Made, nothing, rule, trained
 from torch import nn
 
@@ -106,8 +106,7 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
     ids = tokens.encode(text)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     commit = environment.describe(threads=1, device="cpu")["commit"]
-    lines = out.read_text().splitlines() if out.exists() else []
-    known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in map(json.loads, lines)}
+    known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in records.lines(out)}
     for width in widths:
         wider = replace(protocol, model=replace(protocol.model, width=width))
         for contender, rest, hidden in POINTS[width]:
@@ -119,8 +118,7 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
             row |= {"cpu_seconds": seconds, "seed": config.seed}
             settings = {k: v for k, v in config.optimizer.settings.items() if "lr" not in k}
             row |= {"settings": {**settings, "warmup_steps": config.schedule.warmup}}
-            with out.open("a") as file:
-                file.write(json.dumps({**row, "commit": commit}) + "\n")
+            records.append(out, {**row, "commit": commit})
             print(f"{contender} {width}: {rest} and {hidden}: {loss}", flush=True)
 
 

@@ -15,19 +15,18 @@ times of whole steps, and the control that of AdamW against itself: how far it m
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import gpt
+import records
 import torch
 from threads import waiting_costs_nothing
 from torch.nn import functional as F
 
 from sophia import Sophia, attach
-from sophia.lab import environment
 
 K = 10
 FRACTIONS = {"1/8": 1 / 8, "1/2": 1 / 2, "1/16": 1 / 16, "1": 1.0}
@@ -136,21 +135,16 @@ def main() -> None:
             )
         rows[name] = compare(own, reference, listening, options.rounds)
         print(f"{name:8s} {json.dumps(rows[name])}", flush=True)
-    if options.json:
-        record = {
-            "size": options.size,
-            "shape": gpt.SIZES[options.size],
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "unit": "CPU seconds of a training step with k = 10 over those of AdamW(fused=True); rows are "
-            "fractions of the batch that a refresh takes",
-            "date": time.strftime("%Y-%m-%d"),
-            "load_of_the_machine": round(os.getloadavg()[0], 1),
-            "environment": environment.describe(threads=options.threads, device="cpu"),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(
+        options.json,
+        threads=options.threads,
+        size=options.size,
+        shape=gpt.SIZES[options.size],
+        rounds=options.rounds,
+        unit="CPU seconds of a training step with k = 10 over those of AdamW(fused=True); rows are fractions "
+        "of the batch that a refresh takes",
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ OUT.jsonl; a run that is in the file is not made again. Prints the differences f
 
 import argparse
 import functools
-import json
 import tempfile
 from pathlib import Path
 from unittest import mock
 
+import records
 import torch
 
 from sophia import Sophia
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    rows = records.lines(options.out)
     protocol = protocol_files.chosen("quick", None)
     text = corpus.load("sotu")
     ids = tokens.encode(text)
@@ -59,8 +59,7 @@ def main() -> None:
                 "commit": environment.describe(threads=1, device="cpu")["commit"],
             }
             rows.append(row)
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            records.append(options.out, row)
     ends = {(row["state"], row["steps"], row["seed"]): row["loss"] for row in rows}
     for steps in sorted({row["steps"] for row in rows}):
         found = contrast(ends, {("bfloat16", steps): 1.0, ("float32", steps): -1.0}, pooled_noise(ends))

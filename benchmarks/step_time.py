@@ -15,19 +15,17 @@ clock), the nanoseconds a parameter, and the bytes of state a parameter.
 """
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import records
 import torch
 from threads import waiting_costs_nothing
 
 from sophia import Sophia
-from sophia.lab import environment
 
 
 def shapes(size: str) -> list[tuple[int, ...]]:
@@ -189,20 +187,16 @@ def main() -> None:
         del opt
         print(f"{name:38s} {statistics.median(ratios):6.3f}   ({low:.3f} to {high:.3f})", flush=True)
     if options.json:
-        record = {
-            "size": options.size,
-            "parameters": count,
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "unit": "CPU seconds of a step over those of AdamW(fused=True), median of A B A rounds",
-            "date": time.strftime("%Y-%m-%d"),
-            "environment": environment.describe(threads=options.threads, device="cpu"),
-            "load_of_the_machine": os.getloadavg()[0],
-            "first_step_seconds": first_step(),
-            "rows": rows,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        records.write(
+            options.json,
+            threads=options.threads,
+            size=options.size,
+            parameters=count,
+            rounds=options.rounds,
+            unit="CPU seconds of a step over those of AdamW(fused=True), median of A B A rounds",
+            first_step_seconds=first_step(),
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":
