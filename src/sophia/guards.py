@@ -47,14 +47,14 @@ def check_fraction(value: Any) -> None:
         raise ValueError(f"fraction={value!r}: the share of the batch used for a refresh is at most 1")
 
 
-def check_gradient(gradient: Tensor, parameter: Tensor) -> None:
+def check_gradient(gradient: Tensor) -> None:
     """Raise RuntimeError for a gradient that the update cannot take, before anything has moved."""
     if gradient.layout != torch.strided:
         raise RuntimeError(
             "Sophia does not support sparse gradients (an Embedding with sparse=True?): m and h are dense. "
             "Build the layer with sparse=False"
         )
-    if gradient.is_complex() or parameter.is_complex():
+    if gradient.is_complex():
         raise RuntimeError(
             "Sophia does not support complex parameters: curvature is defined coordinate by coordinate. Use "
             "torch.view_as_real"

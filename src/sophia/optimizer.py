@@ -253,6 +253,7 @@ class Sophia(torch.optim.Optimizer):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
+        self._joins = False  # whether the step has shards whose sizes are those of whole tensors
 
     # ---- the model ----
 
@@ -313,7 +314,6 @@ class Sophia(torch.optim.Optimizer):
         # Under torch.compile the arithmetic alone is in the graph: the books and the refresh change what a
         # graph would bake in. (And a dict with tensors as keys, which torch.optim's state is, is traced
         # wrongly: all parameters would have the state of one.)
-        own_rules = False
         for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
             with torch.set_grad_enabled(differentiable):
                 # The noise of a step, the corrected gamma of our own rules: a graph would bake them in.
@@ -321,8 +321,7 @@ class Sophia(torch.optim.Optimizer):
                     _step_outside_of_graphs(kernel, columns, settings)
                 else:
                     kernel.step(*columns, **settings)
-            own_rules = own_rules or "rule" in settings
-        if own_rules:
+        if self._joins:
             self._join_shards(first=False)
         return loss
 
@@ -332,11 +331,12 @@ class Sophia(torch.optim.Optimizer):
 
         Nothing for the call with which ``torch.distributed.checkpoint`` asks for empty state.
         """
+        self._joins = False
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    check_gradient(parameter.grad, parameter)
-                    check_whole(parameter, group)
+                if (gradient := parameter.grad) is not None:
+                    check_gradient(gradient)
+                    self._joins |= check_whole(parameter, group)
         if self._is_asked_for_empty_state():
             for group in self.param_groups:
                 for parameter in group["params"]:
@@ -348,7 +348,8 @@ class Sophia(torch.optim.Optimizer):
                 self._refresh_if_due()
         for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
             self._warn_if_stale(group)
-        self._join_shards(first=True)
+        if self._joins:
+            self._join_shards(first=True)
         work = [
             part
             for group in self.param_groups

@@ -21,25 +21,31 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
-def check_whole(parameter: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise RuntimeError for a shard under a rule that cannot work on it."""
+def check_whole(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether this is a shard of a tensor that the group's rule must know something of.
+
+    Raises:
+        RuntimeError: the rule cannot work on it.
+    """
     rule = group["rule"]
     if rule == "paper":
-        return
-    shape = tuple(parameter.shape)
+        return False
+    sharded = is_dtensor(parameter)
     if getattr(parameter, "_fsdp_flattened", False):
+        shape = tuple(parameter.shape)
         raise RuntimeError(
             f"rule={rule!r} needs to know whole tensors, and FSDP1 has flattened this parameter (shape here "
             f"{shape}). Use fully_shard (FSDP2) with rule='damped', or rule='paper', which is element-wise"
         )
-    if is_dtensor(parameter) and (rule == "spectral" or group["differentiable"]):
+    if sharded and (rule == "spectral" or group["differentiable"]):
         what = (
             "takes the singular values of whole matrices" if rule == "spectral" else "is not differentiable"
         )
         raise RuntimeError(
-            f"rule={rule!r} {what}, and this parameter of shape {shape} is sharded. Use rule='damped' or "
-            "rule='paper', or DDP"
+            f"rule={rule!r} {what}, and this parameter of shape {tuple(parameter.shape)} is sharded. Use "
+            "rule='damped' or rule='paper', or DDP"
         )
+    return sharded
 
 
 def sums_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:

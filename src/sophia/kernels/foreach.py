@@ -28,7 +28,7 @@ from torch import Tensor
 from sophia.layout import flat, is_dense
 from sophia.rounding import moved, store
 
-__all__ = ["applies", "step"]
+__all__ = ["applies", "in_step", "step"]
 
 _KINDS = (torch.nn.Parameter, Tensor)  # a subclass may mean something else by its memory
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,13 +43,21 @@ def applies(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bo
     """Whether these four can be walked through as flat memory: known dtypes, one device, and equal dense
     strides.
     """
+    device = param.device
+    return (
+        (param.dtype, exp_avg.dtype) in _DTYPES
+        and grad.device == exp_avg.device == hessian.device == device
+        and in_step(param, grad, exp_avg, hessian)
+    )
+
+
+def in_step(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bool:
+    """Whether these four, on one device, have their coordinates in one order, in a dtype of two by two."""
     # Asked for every parameter at every step, so the usual case, all contiguous, comes first and cheap.
-    dtype, kept, device = param.dtype, exp_avg.dtype, param.device
-    if grad.dtype != dtype or hessian.dtype != kept or (dtype, kept) not in _DTYPES:
+    if grad.dtype is not param.dtype or hessian.dtype is not exp_avg.dtype:
         return False
-    for tensor in (grad, exp_avg, hessian):
-        if tensor.device != device or type(tensor) is not Tensor:
-            return False
+    if type(grad) is not Tensor or type(exp_avg) is not Tensor or type(hessian) is not Tensor:
+        return False
     if type(param) not in _KINDS or param.layout != torch.strided:
         return False
     if param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and hessian.is_contiguous():

@@ -87,10 +87,14 @@ def unavailable() -> str | None:
 
 def applies(param: Tensor, grad: Tensor, exp_avg: Tensor, hessian: Tensor) -> bool:
     """Whether these four can be walked through as flat memory of a CPU, in dtypes that the library has."""
+    # is_cpu takes a sixth of the time of device.type, for every tensor at every step.
     return (
-        param.device.type == "cpu"
+        param.is_cpu
+        and grad.is_cpu
+        and exp_avg.is_cpu
+        and hessian.is_cpu
         and (param.dtype, exp_avg.dtype, False) in _LOOPS
-        and foreach.applies(param, grad, exp_avg, hessian)
+        and foreach.in_step(param, grad, exp_avg, hessian)
     )
 
 
