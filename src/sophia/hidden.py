@@ -19,7 +19,7 @@ _REST = {"damped": 4.0, "spectral": 1.0}
 def hidden_matrices(model: nn.Module) -> set[int]:
     """The ids of a model's matrices that are neither embedding nor head.
 
-    Embeddings are the weights of ``nn.Embedding`` and what is tied to them; the head is what
+    Embeddings are the weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` and what is tied to them; the head is what
     ``get_output_embeddings()`` of transformers gives, or else the linear layer registered last.
     """
     return {id(p) for p in _hidden(model) if p.ndim == 2}
@@ -61,6 +61,6 @@ def _hidden(model: nn.Module) -> list[Tensor]:
     head = named() if callable(named) else None
     if head is None:
         head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
-    outer = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    outer = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     outer |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
     return [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outer]

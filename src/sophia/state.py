@@ -1,4 +1,4 @@
-"""The state of a parameter, and how they come back from a checkpoint."""
+"""The state of a parameter, and how it comes back from a checkpoint."""
 
 from __future__ import annotations
 

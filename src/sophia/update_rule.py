@@ -169,15 +169,15 @@ def damped_direction(
     return (u / torch.maximum(gamma * h, floor)).clamp(-1, 1)
 
 
-def usual_size(u: Tensor, last: Tensor, *, started: float) -> Tensor:
-    """Return the rms of u as the step before leaves one to expect it; that of u itself where there was none.
+def usual_size(now: Tensor, last: Tensor, *, started: float) -> Tensor:
+    """Return the rms of u as the step before leaves one to expect it; that of this step where there was none.
 
     Args:
-        u: the momentum.
+        now: rms of u.
         last: rms of the step before, over its ``started``; 0 if there was none, or no gradient in it.
         started: ``1 - beta1^(t + 1)``, how much of a steady momentum u has t steps after its start at zero.
     """
-    return torch.where(last > 0, last * started, rms(u))
+    return torch.where(last > 0, last * started, now)
 
 
 def rms(u: Tensor) -> Tensor:

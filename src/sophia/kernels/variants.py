@@ -73,9 +73,10 @@ def step(
             direction = spectral_direction(u, h, polar_of=None if torch.is_grad_enabled() else polar_of)
         else:
             assert sizes is not None
-            size = usual_size(u, sizes[i], started=started)
+            now = rms(u)
+            size = usual_size(now, sizes[i], started=started)
             direction = damped_direction(u, h, size=size, gamma=gamma, eps=eps, damping=damping)
-            sizes[i].copy_(rms(u) / started)
+            sizes[i].copy_(now / started)
         theta = param.to(wide, copy=torch.is_grad_enabled())  # a graph needs it as it was before it is stored
         theta = theta * (1 - lr * weight_decay) - lr * scale * direction
         key = None if keys is None else keys[i]
