@@ -19,8 +19,8 @@ _REST = {"damped": 4.0, "spectral": 1.0}
 def hidden_matrices(model: nn.Module) -> set[int]:
     """The ids of a model's matrices that are neither embedding nor head.
 
-    Embeddings are the weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` and what is tied to them; the head is what
-    ``get_output_embeddings()`` of transformers gives, or else the linear layer registered last.
+    Embeddings are the weights of ``nn.Embedding`` and ``nn.EmbeddingBag`` and what is tied to them; the head
+    is what ``get_output_embeddings()`` of transformers gives, or else the linear layer registered last.
     """
     return {id(p) for p in _hidden(model) if p.ndim == 2}
 
