@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sophia.lab import environment
+from sophia.lab import environment, files
 
 
 def write(path: Path | None, *, threads: int, **fields: Any) -> None:
@@ -22,8 +22,7 @@ def write(path: Path | None, *, threads: int, **fields: Any) -> None:
         "load_of_the_machine": round(os.getloadavg()[0], 1),
         "environment": environment.describe(threads=threads, device="cpu"),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, **fields}, indent=1) + "\n")
+    files.write_json(path, {**about, **fields})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -33,8 +33,7 @@ def apart(params: Iterable[Any], model: nn.Module, rule: str) -> list[dict[str, 
     damped one too, further.
     """
     given = list(params)
-    matrices = hidden_matrices(model)
-    stacked = {id(p) for p in _hidden(model)} - matrices
+    hidden_dimensions = {id(p): p.ndim for p in _hidden(model)}
     groups = []
     for group in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
         if "rule" in group:
@@ -47,9 +46,9 @@ def apart(params: Iterable[Any], model: nn.Module, rule: str) -> list[dict[str, 
             ("damped", _REST[rule]): [],
         }
         for member in members:
-            number = id(member[1] if isinstance(member, tuple) else member)
-            hidden = "damped" if number in stacked else rule if number in matrices else None
-            kinds[("damped", _REST[rule]) if hidden is None else (hidden, _HIDDEN[hidden])].append(member)
+            dimensions = hidden_dimensions.get(id(member[1] if isinstance(member, tuple) else member))
+            by = rule if dimensions == 2 else "damped"
+            kinds[by, _REST[rule] if dimensions is None else _HIDDEN[by]].append(member)
         groups += [{**group, "params": some, "rule": r, "scale": s} for (r, s), some in kinds.items() if some]
         groups += [] if members else [dict(group)]  # torch has words for an empty group
     return groups
