@@ -45,11 +45,11 @@ def steps(sizes: list[int], rounds: int) -> dict[str, dict[str, float]]:
     for size in [SMALL, *sizes]:
         p = torch.nn.Parameter(theta[:size])
         p.grad = g[:size]
-        sophia = Sophia([p], mode="manual", update_every=2**40)
-        sophia.state[p] = {"exp_avg": m[:size], "hessian": h[:size]}
+        ours = Sophia([p], mode="manual", update_every=2**40)
+        ours.state[p] = {"exp_avg": m[:size], "hessian": h[:size]}
         adamw = torch.optim.AdamW([p], fused=True)
         adamw.state[p] = {"step": torch.tensor(10.0), "exp_avg": m[:size], "exp_avg_sq": h[:size]}
-        optimizers[size] = {"sophia": sophia, "adamw": adamw}
+        optimizers[size] = {"sophia": ours, "adamw": adamw}
     found = {size: {name: [] for name in own} for size, own in optimizers.items()}
     for number in range(-1, rounds):
         for size in sizes:

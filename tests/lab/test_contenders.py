@@ -143,12 +143,12 @@ def test_adahessian_divides_by_the_root_of_squared_curvature():
     models = [gpt2(SMALL, seed=1) for _ in range(3)]
     passes = {"fraction": 1.0, "seed": 3}
     # With betas 0 a first step leaves the gradient in m and the estimate itself in h.
-    sophia = Sophia(models[0], lr=0.0, betas=(0.0, 0.0), estimator="hutchinson", **passes)
-    steps(models[0], sophia, 1)
+    ours = Sophia(models[0], lr=0.0, betas=(0.0, 0.0), estimator="hutchinson", **passes)
+    steps(models[0], ours, 1)
     rival = RootOfCurvature(models[1], lr=0.1, betas=(0.9, 0.5), eps=1e-6, weight_decay=0.0, **passes)
     steps(models[1], rival, 1)
     for p, q, start in zip(*(m.parameters() for m in models), strict=True):
-        g, h = (sophia.state[p][name] for name in ("exp_avg", "hessian"))
+        g, h = (ours.state[p][name] for name in ("exp_avg", "hessian"))
         torch.testing.assert_close(q.detach(), start.detach() - 0.1 * g / (h.abs() + 1e-6))
 
 
