@@ -19,7 +19,7 @@ try:
 except ImportError:  # run by hand
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
-SOURCE = Path(__file__).parent / "src" / "sophia" / "kernels" / "fused_cpu.c"
+SOURCE = Path(__file__).parent / "src" / "sophia" / "step" / "kernels" / "fused_cpu.c"
 LIBRARY = SOURCE.with_name("_fused_cpu.so")
 FLAGS = (
     "-O3",
@@ -61,7 +61,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             self.app.display_warning(f"without the fused CPU kernel: {reason}")
             LIBRARY.unlink(missing_ok=True)
             return
-        build_data["artifacts"].append(f"src/sophia/kernels/{LIBRARY.name}")
+        build_data["artifacts"].append(f"src/sophia/step/kernels/{LIBRARY.name}")
         if version != "editable":
             build_data["pure_python"] = False
             # No Python ABI is used, so one wheel serves every Python.

@@ -20,10 +20,13 @@ from unittest import mock
 import records
 import torch
 
-from sophia import update_rule, work
-from sophia.kernels import variants
-from sophia.lab import corpus, protocol_files, tokens, training, vocabulary
-from sophia.lab.config import Data
+from sophia import update_rule
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.lab.training import loop
+from sophia.step import dispatch
+from sophia.step.kernels import own_rules
 
 # name: contender, settings put over the protocol's, (module, name, what stands there instead)
 PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
@@ -33,14 +36,14 @@ PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
         {},
         [(update_rule, "_whitening", torch.ones_like)],
     ),
-    "no orthogonalisation": ("sophia-spectral", {}, [(variants, "polar_of", lambda x: x)]),
+    "no orthogonalisation": ("sophia-spectral", {}, [(own_rules, "polar_of", lambda x: x)]),
     "no h outside the matrices": ("sophia-spectral", {"gamma": 1e-9}, []),
     "no damping": ("sophia-spectral", {"damping": 0.0}, []),
-    "no look-ahead": ("sophia-spectral", {}, [(variants, "look_ahead", lambda m, g, beta1: m)]),
+    "no look-ahead": ("sophia-spectral", {}, [(own_rules, "look_ahead", lambda m, g, beta1: m)]),
     "no correction of m and h": (
         "sophia-spectral",
         {},
-        [(work, "corrected_gamma", lambda gamma, **_: gamma)],
+        [(dispatch, "corrected_gamma", lambda gamma, **_: gamma)],
     ),
     "damped": ("sophia-damped", {}, []),
     "damped, no damping": ("sophia-damped", {"damping": 0.0}, []),
@@ -51,7 +54,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, str, Any]]]] = {
 @contextmanager
 def instead(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Take parts out; the path in blocks, which has them built in, stands aside."""
-    with mock.patch.object(variants.foreach, "applies", return_value=False):
+    with mock.patch.object(own_rules.foreach, "applies", return_value=False):
         patches = [mock.patch.object(*replacement) for replacement in replacements]
         for patch in patches:
             patch.start()
@@ -82,7 +85,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
             named = dataclasses.replace(run.optimizer, settings={**run.optimizer.settings, **settings})
             run = dataclasses.replace(run, optimizer=named)
             with tempfile.TemporaryDirectory() as folder, instead(replacements):
-                result = training.train(run, Path(folder), ids)
+                result = loop.train(run, Path(folder), ids)
             row = {
                 "part": part,
                 "seed": seed,

@@ -4,8 +4,8 @@
     python benchmarks/audit_optax.py [--json results/audits/optax-sophia.json]
 
 ``optax.contrib.sophia`` differentiates the objective that is handed to ``update`` again (Hutchinson, signs).
-As in ``sophia.lab.audit``, h is read from outside: many refreshes with learning rate 0, then one step with a
-known tiny gradient, momentum off and learning rate 1, which moves a coordinate by ``g / (gamma h)``.
+As in ``sophia.lab.jobs.audit``, h is read from outside: many refreshes with learning rate 0, then one step
+with a known tiny gradient, momentum off and learning rate 1, which moves a coordinate by ``g / (gamma h)``.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sophia.lab.audit import BETA2, PARTS, REFRESHES, Finding, Problem, conclusion
-from sophia.lab.files import write_json
+from sophia.lab.jobs.audit import BETA2, PARTS, REFRESHES, Finding, Problem, conclusion
+from sophia.lab.support.files import write_json
 
 jax.config.update("jax_enable_x64", True)
 GAMMA, TINY = 0.01, 1e-9

@@ -5,12 +5,12 @@ folder). The tokens are random: a step's cost does not depend on them.
 import torch
 from torch import Tensor, nn
 
-from sophia.lab import models
-from sophia.lab.config import Model
+from sophia.lab.config.run import Model
+from sophia.lab.models import build
 
 
 def _cell(batch: int, *, layers: int = 2, width: int = 96) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = models.build(Model(layers=layers, width=width, heads=4, context=64, vocabulary=4096), seed=1)
+    model = build.build(Model(layers=layers, width=width, heads=4, context=64, vocabulary=4096), seed=1)
     ids = torch.randint(4096, (batch, 64), generator=torch.Generator().manual_seed(1))
     return model, {"input_ids": ids, "labels": ids}
 

@@ -17,8 +17,11 @@ from pathlib import Path
 import records
 import torch
 
-from sophia.lab import corpus, environment, outlook, plan, protocol_files, tokens
-from sophia.lab.workers import Crew, Events
+from sophia.lab.data import corpus, tokens
+from sophia.lab.forecast import comparison
+from sophia.lab.protocols import plan, protocol_file
+from sophia.lab.support import provenance
+from sophia.lab.training.workers import Crew, Events
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="a file of lines of JSON that gets one more")
     options = parser.parse_args()
 
-    protocol = protocol_files.chosen(options.preset, None)
+    protocol = protocol_file.chosen(options.preset, None)
     protocol = dataclasses.replace(protocol, seeds=tuple(range(1, options.seeds + 1)))
     if options.budgets:
         protocol = dataclasses.replace(protocol, budgets=tuple(options.budgets))
@@ -45,12 +48,12 @@ def main() -> None:
         Crew(Path(folder) / "runs", workers=options.workers) as crew,
     ):
         runs = Path(folder) / "runs"
-        left = outlook.remaining(planned.runs, runs)
+        left = comparison.remaining(planned.runs, runs)
         began = time.monotonic()
-        paces = outlook.paces(crew.measure(outlook.probes(planned.runs, options.workers)))
+        paces = comparison.paces(crew.measure(comparison.probes(planned.runs, options.workers)))
         measuring = time.monotonic() - began
         load.append(os.getloadavg()[0])
-        foreseen = outlook.outlook(
+        foreseen = comparison.outlook(
             [left], paces, records=runs, runs=len(left), workers=options.workers, report=False
         )
         print(foreseen.sentence)
@@ -71,7 +74,7 @@ def main() -> None:
         "bytes": disk,
         "paces": {name: dataclasses.asdict(pace) for name, pace in paces.items()},
         "load": load,
-        "environment": environment.describe(threads=torch.get_num_threads(), device="cpu"),
+        "environment": provenance.describe(threads=torch.get_num_threads(), device="cpu"),
     }
     print(f"It took {seconds:.0f} s and {disk:,} bytes.")
     if options.records:

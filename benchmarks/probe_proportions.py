@@ -19,8 +19,11 @@ import records
 from probe_ideas import Made, nothing, rule, trained
 from torch import nn
 
-from sophia.lab import builders, corpus, environment, protocol_files, tokens, vocabulary
-from sophia.lab.config import Data
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.optimizers import build
+from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.lab.support import provenance
 
 STEPS = 200
 
@@ -87,9 +90,9 @@ def made(contender: str, rest: float, hidden: float) -> Callable[..., Made]:
 
     def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
         if contender == "adamw":
-            return builders.adamw(model, {**s, "lr": rest}, seed), nothing
+            return build.adamw(model, {**s, "lr": rest}, seed), nothing
         if contender == "adamw-apart":
-            return builders.adamw_apart(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
+            return build.adamw_apart(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
         optimizer = rule(model, {**s, "lr": rest}, seed)
         scales = {group["scale"] for group in optimizer.param_groups}
         for group in optimizer.param_groups:
@@ -105,7 +108,7 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
-    commit = environment.describe(threads=1, device="cpu")["commit"]
+    commit = provenance.describe(threads=1, device="cpu")["commit"]
     known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in records.lines(out)}
     for width in widths:
         wider = replace(protocol, model=replace(protocol.model, width=width))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sophia.lab import environment, files
+from sophia.lab.support import files, provenance
 
 
 def write(path: Path | None, *, threads: int, **fields: Any) -> None:
@@ -20,7 +20,7 @@ def write(path: Path | None, *, threads: int, **fields: Any) -> None:
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "load_of_the_machine": round(os.getloadavg()[0], 1),
-        "environment": environment.describe(threads=threads, device="cpu"),
+        "environment": provenance.describe(threads=threads, device="cpu"),
     }
     files.write_json(path, {**about, **fields})
 

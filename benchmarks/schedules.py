@@ -4,8 +4,8 @@
 
 The two must share contenders, seeds and budgets, and differ in the schedule alone. Each contender under each
 schedule is a cell of its own, and runs of one seed are paired: they start from the same weights and read the
-same batches under both. Intervals are those of ``sophia.lab.noise`` with budgets taken as dependent, since
-half of them share a trunk.
+same batches under both. Intervals are those of ``sophia.lab.analysis.seed_noise`` with budgets taken as
+dependent, since half of them share a trunk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sophia.lab.evidence import Evidence, read_evidence
-from sophia.lab.noise import LEVEL, Estimate, Weights, contrast, pooled_noise
+from sophia.lab.analysis.read_records import Evidence, read_evidence
+from sophia.lab.analysis.seed_noise import LEVEL, Estimate, Weights, contrast, pooled_noise
 
 Ends = dict[tuple[str, int, int], float]
 

@@ -10,8 +10,8 @@ an unsigned map they use; without it they are left out.
 
 import torch
 
-from sophia.kernels.curvature import average
-from sophia.rounding import key_of_parameter
+from sophia.step.kernels.average_curvature import average
+from sophia.step.rounding import key_of_parameter
 
 try:
     from torchao.optim.subclass_8bit import OptimState8bit

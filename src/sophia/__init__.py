@@ -7,8 +7,8 @@ The equation is in ``sophia.update_rule``, the optimizer in ``sophia.optimizer``
 """
 
 from sophia import curvature, likelihoods
+from sophia.checks import SophiaWarning
 from sophia.diagnostics import advice
-from sophia.guards import SophiaWarning
 from sophia.optimizer import Sophia
 
 __version__ = "0.1.0"

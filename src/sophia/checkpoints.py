@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.guards import check_number
+from sophia.checks import check_number
 
 __all__ = ["from_arrays", "from_official"]
 

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
-from sophia.attach import Recorder
+from sophia.checks import SophiaWarning, check_fraction, check_gradient, check_option
 from sophia.curvature import Estimator, GaussNewtonBartlett, agreed_likelihood, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
-from sophia.groups import RULES, check_group, decayed_and_not, translated_from_adamw
-from sophia.guards import SophiaWarning, check_fraction, check_gradient, check_option
-from sophia.hidden import apart
-from sophia.kernels.curvature import average
+from sophia.distributed.shards import check_whole, first_element, local
+from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
-from sophia.noise import seed_for
-from sophia.refresh import Refresher, check_ownership, is_due, staleness
-from sophia.rounding import key_of_parameter, moved
-from sophia.sharding import check_whole, first_element, local
-from sophia.state import SIZE, add_what_is_missing, check_origin, restore_state
-from sophia.work import Work, current_gamma, sizes_of_whole_tensors, work_of
-from sophia.wrappers import unwrapped
+from sophia.refresh.recorder import Recorder
+from sophia.refresh.refresher import Refresher, check_ownership, is_due, staleness
+from sophia.refresh.seeds import seed_for
+from sophia.step.dispatch import Work, current_gamma, sizes_of_whole_tensors, work_of
+from sophia.step.groups import RULES, check_group, decayed_and_not, translated_from_adamw
+from sophia.step.hidden_matrices import apart
+from sophia.step.kernels.average_curvature import average
+from sophia.step.rounding import key_of_parameter, moved
+from sophia.step.state import SIZE, add_what_is_missing, check_origin, restore_state
 
 __all__ = ["Sophia"]
 

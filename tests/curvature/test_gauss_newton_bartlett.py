@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sophia import Sophia
 from sophia.curvature.exact import gauss_newton_diagonal
 from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
-from sophia.noise import generator
+from sophia.refresh.seeds import generator
 from tiny import ForcedLabels
 
 CLASSES, LENGTH, WIDTH = 4, 3, 5

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sophia import Sophia, SophiaWarning
 from sophia.curvature import Estimate, Estimator
-from sophia.sharding import local
+from sophia.distributed.shards import local
 from tiny import GPT, data, estimate_in_state
 
 OTHER = "the Hessian pass failed on rank 1, so this rank stops too"

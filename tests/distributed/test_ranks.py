@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sophia import Sophia
 from sophia.curvature import EmpiricalFisher, Hutchinson
-from sophia.sharding import local
+from sophia.distributed.shards import local
 from tiny import GPT, data, estimate_in_state, relative_error
 
 

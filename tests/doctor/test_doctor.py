@@ -16,11 +16,11 @@ from torch import nn
 import sophia
 from sophia import Sophia
 from sophia.doctor import as_text, check_installation, check_machine, check_training, example
-from sophia.doctor import installation as installation_module
+from sophia.doctor import check_installation as installation_module
 from sophia.doctor.command import main
 from sophia.doctor.findings import Finding
-from sophia.doctor.subject import Subject
-from sophia.kernels import foreach, fused_cpu
+from sophia.doctor.given_model import Subject
+from sophia.step.kernels import foreach, fused_cpu
 
 SOURCE = Path(sophia.__file__).parents[1]
 

@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sophia import Sophia
-from sophia.sharding import local
+from sophia.distributed.shards import local
 
 FOLDER = Path(__file__).parents[2] / "docs" / "hosts"
 _EXAMPLE = re.compile(r"^### (.+?)\n[^#]*?^```python\n(.*?)^```", re.M | re.S)

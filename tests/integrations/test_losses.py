@@ -294,7 +294,7 @@ def test_example_with_a_learned_sigma():
 
 
 def test_example_of_ones_own_likelihood():
-    """Draws with the seed of the generator, zero where nothing counts, and unbiased (tests/test_heads.py)."""
+    """Draws with the seed of the generator, zero where nothing counts, and unbiased (as in test_heads.py)."""
     likelihood = run("A likelihood of your own")["NormalWithScale"]()
     outputs, mask = torch.randn(6, 2), torch.arange(6) < 4
     drawn = [

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from sophia import Sophia
-from sophia.kernels import fused_cpu
+from sophia.step.kernels import fused_cpu
 from tiny import GPT, T, data
 
 

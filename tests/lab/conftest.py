@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from sophia.lab import corpus, protocol_files, tokens, vocabulary
-from sophia.lab.config import Data
+from sophia.lab.config.run import Data
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.protocols import protocol_file
 
 WORDS = [
     "the",
@@ -59,7 +60,7 @@ def tiny(text):
 
     def make(contender="adamw", *, steps=24, seed=1, over=None, **changes):
         data = Data(text.name, text.sha256, vocabulary.SHA256)
-        protocol = protocol_files.chosen("tiny", None).with_contenders([contender])
+        protocol = protocol_file.chosen("tiny", None).with_contenders([contender])
         config = protocol.run(contender, data=data, seed=seed, steps=steps, over=over)
         return dataclasses.replace(config, **changes)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sophia.readout import Readout
+from sophia.curvature.last_layer import Readout
 
 __all__ = ["Estimate", "Estimator", "MicroBatch", "PassByHand", "PassContext", "take_gradients"]
 

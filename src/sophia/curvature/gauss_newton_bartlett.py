@@ -18,8 +18,9 @@ is there to average it.
 
 Any e_b with (1) and (2), drawn independently, will do. For classes it is not the gradient for one label but
 the difference of those for two, divided by sqrt(2) (``likelihoods.Categorical``): the softmax cancels, and
-the backward through the last layer, a quarter of a small language model, is spared (``sophia.readout``). As
-the expectation is the same, so is what is estimated; ``Categorical(pairs=0)`` is the paper's single label.
+the backward through the last layer, a quarter of a small language model, is spared
+(``sophia.curvature.last_layer``). As the expectation is the same, so is what is estimated;
+``Categorical(pairs=0)`` is the paper's single label.
 
 Source: arXiv 2305.14342v4, Algorithm 2.
 """
@@ -32,14 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.curvature.estimate import (
-    Estimate,
-    Estimator,
-    MicroBatch,
-    PassByHand,
-    PassContext,
-    take_gradients,
-)
+from sophia.curvature.estimate import Estimate, Estimator, MicroBatch, PassByHand, PassContext, take_gradients
 from sophia.likelihoods import Categorical, Head, Heads, Likelihood, heads_of
 
 __all__ = ["GaussNewtonBartlett"]

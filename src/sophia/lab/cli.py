@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sophia.lab.commands.command import Command
+    from sophia.lab.commands.base import Command
 
 __all__ = ["main"]
 
@@ -27,8 +27,8 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.evaluate import Evaluate
     from sophia.lab.commands.experiment import Experiment
-    from sophia.lab.commands.plan import Plan
     from sophia.lab.commands.pretrain import Pretrain
+    from sophia.lab.commands.price import Plan
     from sophia.lab.commands.report import Report
     from sophia.lab.commands.sweep import Sweep
     from sophia.lab.commands.train import Train
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1)
-    from sophia.lab.errors import LabError
+    from sophia.lab.support.errors import LabError
 
     chosen = parse(arguments or ["--help"])
     # What is printed after a stop, to be pasted as it is.

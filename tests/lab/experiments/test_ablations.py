@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from sophia.lab import contenders
 from sophia.lab.experiments import ablations
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.optimizers import table
 
 
 def test_every_variant_has_twelve_different_trials_that_its_contender_takes():
@@ -14,7 +14,7 @@ def test_every_variant_has_twelve_different_trials_that_its_contender_takes():
     for name, variant in ablations.VARIANTS.items():
         points = variant.points
         assert len({tuple(sorted(p.items())) for p in points}) == 12, name
-        row = contenders.find(variant.contender)
+        row = table.find(variant.contender)
         for point in points:
             row.settings(point)
     assert ablations.VARIANTS[ablations.BASE].fixed["bound"] == "clip"
@@ -23,7 +23,7 @@ def test_every_variant_has_twelve_different_trials_that_its_contender_takes():
 def test_equal_compute_is_equal():
     """Runs with k = 1 held to fewer steps than it can pay for, or to more."""
     base = ablations.VARIANTS[ablations.BASE].points[0]
-    row = contenders.find("ablated")
+    row = table.find("ablated")
     for name, settings in ablations._about_k(base, 300):
         steps = settings.pop("steps", 300)
         cost = steps * (1 + row.gradients(row.settings(settings)))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sophia.lab.experiments import condition_number, descents
-from sophia.lab.experiments.valleys import RADIUS, Valley, rotation, shares, spectrum
+from sophia.lab.experiments.condition_number import descents, experiment
+from sophia.lab.experiments.condition_number.convex_problems import RADIUS, Valley, rotation, shares, spectrum
 from sophia.update_rule import average_curvature, sophia_step
 
 PHIS = list(RADIUS)
@@ -90,7 +90,7 @@ def test_clipped_newton_is_the_theorems_method(phi, kappa):
 def test_the_bounds_by_hand():
     """A line drawn beside the measurement that is not the bound."""
     # d gap / (mu R^2) = 10 * 5 / 0.25, and ln(0.25 / (320 * 1e-6)) = ln 781.25
-    assert condition_number.bound(10, 0.5, gap=5.0, target=1e-6) == pytest.approx(200 + math.log(781.25))
+    assert experiment.bound(10, 0.5, gap=5.0, target=1e-6) == pytest.approx(200 + math.log(781.25))
     assert descents.signs_bound(400.0, gap=1.0, target=0.01) == pytest.approx(90.0)
 
 

@@ -4,18 +4,21 @@ import pytest
 import torch
 
 from sophia.curvature import EmpiricalFisher, GaussNewtonBartlett, Hutchinson
-from sophia.lab.experiments import estimators, language, probing, tiny_oracles
+from sophia.lab.experiments.estimators import experiment, tiny_oracles
+from sophia.lab.experiments.framework import probing, small_language_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return language.tiny(True, steps=5)
+    return small_language_model.tiny(True, steps=5)
 
 
 @pytest.fixture(scope="module")
 def ids():
     generator = torch.Generator().manual_seed(0)
-    return language.windows(language.letters(True), 3, language.TINY.context, generator)
+    return small_language_model.windows(
+        small_language_model.letters(True), 3, small_language_model.TINY.context, generator
+    )
 
 
 def test_three_ways_to_the_exact_diagonals_agree(model, ids):
@@ -47,7 +50,7 @@ def test_the_mean_of_draws_is_what_is_estimated(model, ids, estimator, target):
     draws = torch.stack(
         [tiny_oracles.flat(probing.estimate(estimator, model, ids, seed=i)) for i in range(400)]
     )
-    found = estimators.against(draws, truth)
+    found = experiment.against(draws, truth)
     assert found["distance"] < 1.5 * found["noise"]
     assert found["ratio"] == pytest.approx(1, abs=0.25)
     assert all(p.grad is None for p in model.parameters())
@@ -78,7 +81,7 @@ def test_bias_and_noise_of_draws_that_are_known():
     """
     truth = torch.linspace(1, 3, 100, dtype=torch.float64)
     noise = torch.randn(4096, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = estimators.against(truth + 0.5 + 2 * noise, truth)
+    found = experiment.against(truth + 0.5 + 2 * noise, truth)
     size = float(truth.norm())
     assert found["bias"] == pytest.approx(5 / size, rel=0.05)
     assert found["noise"] == pytest.approx(2 * 10 / 64 / size, rel=0.05)
@@ -89,11 +92,11 @@ def test_bias_and_noise_of_draws_that_are_known():
 
 def test_training_stops_before_each_step_and_trains():
     """A loop of its own that is not the lab's procedure, or weights looked at a step too late."""
-    model = language.small(True)
+    model = small_language_model.small(True)
     before = [p.detach().clone() for p in model.parameters()]
-    source, shape = language.text(True), language.shape(True)
+    source, shape = small_language_model.text(True), small_language_model.shape(True)
     losses, seen = [], []
-    for step in language.training(
+    for step in small_language_model.training(
         model, "adamw", {"lr": 1e-2}, source, steps=12, batch=4, context=shape.context, seed=1
     ):
         seen.append(step)
@@ -108,7 +111,7 @@ def test_training_stops_before_each_step_and_trains():
 
 def test_letters_are_the_most_frequent_bytes_and_one_for_the_rest():
     """An id that is no class of the model, or a text that says nothing."""
-    ids = language.letters(True)
+    ids = small_language_model.letters(True)
     counts = torch.bincount(ids, minlength=16)
     assert len(counts) == 16
     assert bool((counts[:15].diff() <= 0).all())

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sophia.lab.experiments import allocation, descents, even_progress
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
-from sophia.lab.experiments.valleys import Valley, rotation, spectrum
+from sophia.lab.experiments.condition_number import descents
+from sophia.lab.experiments.condition_number.convex_problems import Valley, rotation, spectrum
+from sophia.lab.experiments.even_progress import allocation, experiment
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
 
 
 def test_simpsons_parts_are_exact_up_to_cubic_gradients():
@@ -31,7 +32,7 @@ def test_the_parts_add_up_to_the_change_of_the_held_out_loss(method):
     """A step that was not seen, or a gradient at other weights than the step's. Steps so large that one
     application of Simpson's rule would be 8% off; what is left is its error and float32's.
     """
-    contender, settings, lr = even_progress.GPT[method]
+    contender, settings, lr = experiment.GPT[method]
     found = allocation.allocate(
         contender,
         {**settings, "lr": lr},
@@ -52,7 +53,7 @@ def test_signs_move_every_tenth_by_the_step_size():
     """Distances that are not distances. The mean factor of warm-up and cosine over five steps is known; a
     few coordinates (the last position's) have no gradient and stay.
     """
-    contender, settings, _ = even_progress.GPT["SignGD"]
+    contender, settings, _ = experiment.GPT["SignGD"]
     found = allocation.allocate(
         contender,
         {**settings, "lr": 1e-3},
@@ -83,22 +84,22 @@ def test_losses_by_dimension_of_gradient_descent():
 def test_shares_and_ratios_of_tenths():
     """A verdict from the wrong half."""
     tenths = [1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0]
-    assert even_progress.flattest_half(tenths) == 0.25
-    assert even_progress.move_ratio([2.0, *tenths, 3.0]) == 1.5
+    assert experiment.flattest_half(tenths) == 0.25
+    assert experiment.move_ratio([2.0, *tenths, 3.0]) == 1.5
 
 
 def plant(folder, *, left, noisy, toy, flat, moves):
     """Records in which methods have so much left of their worst dimension, and so on by method."""
     records = Records(folder)
-    for start, predictions in even_progress.STARTS:
-        for method in even_progress.QUADRATIC:
+    for start, predictions in experiment.STARTS:
+        for method in experiment.QUADRATIC:
             worst = (left if predictions is None else noisy).get(method, 1.0)
             case = {"part": "quadratic", "start": start, "predictions": predictions, "method": method}
             records.add(case, left=[worst, worst / 2], eigenvalues=[1.0, 2.0])
     for method in ("gradient descent", "SignGD", "Adam", "Newton", "Sophia"):
         end = toy.get(method, 1.0)
         records.add({"part": "toy", "method": method}, losses=[[2.0, 2.0], [2.0 * end, end]])
-    for method in even_progress.GPT:
+    for method in experiment.GPT:
         for factor in (0.5, 1.0, 2.0):
             records.add({"part": "search", "method": method, "factor": factor}, loss=6.0)
         for seed in (1, 2, 3):
@@ -135,8 +136,8 @@ BEST = {key: {"Sophia": 0.01} for key in ("left", "noisy", "toy")}
 def test_the_verdict_is_that_of_what_was_planted(tmp_path, planted, word):
     """Evenness claimed where another method, or another half of the coordinates, is ahead."""
     records = plant(tmp_path, **planted)
-    said = even_progress.verdict(records)
+    said = experiment.verdict(records)
     assert said.word == word
     assert ("Sophia above AdamW in 3 of 3 seeds" in said.sentence) == (planted["flat"]["Sophia"] > 0.3)
     assert said.sentence.endswith("Best step sizes at the edge of those tried in the GPT: SignGD.")
-    even_progress.draw(records)
+    experiment.draw(records)

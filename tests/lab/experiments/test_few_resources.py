@@ -3,7 +3,7 @@
 import pytest
 
 from sophia.lab.experiments import few_resources
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.records import Records
 
 
 def plant(folder, differences, *, seconds=40.0, megabytes=900.0, connections=0, lost=None):

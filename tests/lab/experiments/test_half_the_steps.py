@@ -8,7 +8,7 @@ from scipy import stats
 from synthetic import Planted, write_comparison
 
 from sophia.lab.experiments import half_the_steps as half
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.records import Records
 
 SIZES = {"a": 3e5, "b": 7e5, "c": 1.1e6, "d": 3e6}
 
@@ -88,8 +88,8 @@ def test_half_a_comparison_is_not_read(tmp_path):
 
 def test_the_packaged_protocols_are_of_the_stated_sizes_and_search_both_alike():
     """A protocol that is refused after it was published, or that searches one contender more."""
-    from sophia.lab.config import Model
-    from sophia.lab.forecast import parameters
+    from sophia.lab.config.run import Model
+    from sophia.lab.models.size import parameters
 
     sizes = {"half-300k": 0.28e6, "quick": 0.735e6, "million": 1.1e6, "half-3m": 3.0e6, "half-10m": 10e6}
     for name, size in sizes.items():

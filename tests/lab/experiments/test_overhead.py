@@ -2,9 +2,9 @@
 
 import pytest
 
-from sophia.lab.config import Model
+from sophia.lab.config.run import Model
 from sophia.lab.experiments import overhead
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.records import Records
 
 TINY = Model(layers=1, width=16, heads=2, context=8, vocabulary=64)
 

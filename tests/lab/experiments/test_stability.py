@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from sophia.lab.experiments import stability
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.records import Records
 
 UNIGRAM = 3.0
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sophia.lab.bench import methods, subject
-from sophia.lab.errors import LabError
+from sophia.lab.bench import methods, problem
+from sophia.lab.support.errors import LabError
 
 __all__ = ["peak_bytes"]
 
@@ -42,7 +42,7 @@ def peak_bytes(what: str, method: str, *, threads: int, device: str) -> int | No
 
 def _measure(what: str, method: str, device: str) -> int | None:
     before = _resident("VmRSS")
-    trainer = methods.METHODS[method].make(subject.make(what, device))
+    trainer = methods.METHODS[method].make(problem.make(what, device))
     for _ in range(WARM):
         trainer.step()
     gc.collect()

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from sophia import Sophia
-from sophia.lab.bench.official import OfficialRule
-from sophia.lab.bench.subject import Problem
-from sophia.lab.rivals import Pair
+from sophia.lab.bench.official_rule import OfficialRule
+from sophia.lab.bench.problem import Problem
+from sophia.lab.optimizers.lion_signum_pair import Pair
 
 __all__ = ["METHODS", "REFERENCE", "Method", "Trainer"]
 

@@ -1,4 +1,4 @@
-"""`sophia audit`: is it Sophia? The measuring is in ``sophia.lab.audit``."""
+"""`sophia audit`: is it Sophia? The measuring is in ``sophia.lab.jobs.audit``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from sophia.lab.audit import Finding
+    from sophia.lab.jobs.audit import Finding
 
 __all__ = ["Audit"]
 
@@ -36,9 +36,9 @@ class Audit:
         """Audit, and print the table and the conclusion."""
         from rich.console import Console
 
-        from sophia.lab.audit import audit, conclusion
-        from sophia.lab.files import write_json
-        from sophia.lab.loading import load_class
+        from sophia.lab.jobs.audit import audit, conclusion
+        from sophia.lab.support.files import write_json
+        from sophia.lab.support.import_by_path import load_class
 
         findings = audit(load_class(self.optimizer), second_order=self.second_order)
         said = conclusion(findings)

@@ -44,10 +44,10 @@ class Bench:
         """Measure, and print the table."""
         from rich.console import Console
 
-        from sophia.lab.bench.measuring import measure
-        from sophia.lab.bench.showing import save, table
-        from sophia.lab.errors import UsageError
-        from sophia.lab.files import write_json
+        from sophia.lab.bench.measure import measure
+        from sophia.lab.bench.results_table import save, table
+        from sophia.lab.support.errors import UsageError
+        from sophia.lab.support.files import write_json
 
         for name in ("k", "threads", "rounds"):
             if getattr(self, name) < 1:

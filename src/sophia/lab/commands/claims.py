@@ -24,9 +24,9 @@ class Claims:
         import os
 
         from sophia.lab import experiments
-        from sophia.lab.errors import LabError
-        from sophia.lab.experiments.claims_page import page
-        from sophia.lab.files import write_atomically
+        from sophia.lab.experiments.framework.claims_page import page
+        from sophia.lab.support.errors import LabError
+        from sophia.lab.support.files import write_atomically
 
         link = Path(os.path.relpath(self.records, self.out.parent)).as_posix()
         text = page(experiments.every(), self.records, link=link)

@@ -1,4 +1,4 @@
-"""`sophia compare`: its options; the deed is in ``sophia.lab.compare``."""
+"""`sophia compare`: its options; the deed is in ``sophia.lab.jobs.compare``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from sophia.lab.commands.choice import ProtocolChoice
+from sophia.lab.commands.protocol_options import ProtocolChoice
 
 __all__ = ["Compare"]
 
@@ -52,9 +52,9 @@ class Compare(ProtocolChoice):
         """Compare, and print the verdict."""
         from rich.console import Console
 
-        from sophia.lab.compare import compare
-        from sophia.lab.errors import UsageError
-        from sophia.lab.plan import parse_settings
+        from sophia.lab.jobs.compare import compare
+        from sophia.lab.protocols.plan import parse_settings
+        from sophia.lab.support.errors import UsageError
 
         protocol = self.choose(self.contenders)
         if self.seeds is not None:

@@ -23,9 +23,9 @@ class Contenders:
         from rich.console import Console
         from rich.table import Table
 
-        from sophia.lab import contenders
-        from sophia.lab.protocol import split_label
-        from sophia.lab.third_party import offered
+        from sophia.lab.optimizers import table as contenders
+        from sophia.lab.optimizers.third_party import offered
+        from sophia.lab.protocols.protocol import split_label
 
         console = Console()
         labels = [split_label(name) for name in self.names]

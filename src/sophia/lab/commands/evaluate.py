@@ -49,21 +49,22 @@ class Evaluate:
         from rich.console import Console
         from rich.table import Table
 
-        from sophia.lab import downstream, pretrained
+        from sophia.lab.jobs import evaluate
+        from sophia.lab.training import export_model
 
-        downstream.require("sophia evaluate")
+        evaluate.require("sophia evaluate")
         table = Table(box=None, pad_edge=False)
         for title in ("run", "task", "shots", "items", "accuracy", "spread over draws"):
             table.add_column(title, justify="left" if title in ("run", "task") else "right")
         for run in self.runs:
-            model, config = pretrained.trained(run)
+            model, config = export_model.trained(run)
             if self.tokenizer is None:
-                words = pretrained.tokenizer(config)
+                words = export_model.tokenizer(config)
             else:
                 from transformers import AutoTokenizer
 
                 words = AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True)
-            scores = downstream.evaluate(
+            scores = evaluate.evaluate(
                 model.to(self.device),
                 words,
                 self.tasks or PAPER,

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sophia.lab.experiments.experiment import Experiment as Described
+    from sophia.lab.experiments.framework.definition import Experiment as Described
 
 __all__ = ["Experiment"]
 
@@ -51,15 +51,15 @@ class Experiment:
     def _one(self, console: Console, experiment: Described, command: str) -> None:
         from rich.markup import escape
 
-        from sophia.lab.errors import Stopped
-        from sophia.lab.experiments import running
-        from sophia.lab.experiments.progress import Bar
-        from sophia.lab.experiments.records import Records
-        from sophia.lab.signals import requests
+        from sophia.lab.experiments.framework import runner
+        from sophia.lab.experiments.framework.progress import Bar
+        from sophia.lab.experiments.framework.records import Records
+        from sophia.lab.support.errors import Stopped
+        from sophia.lab.support.signals import requests
 
         console.print(f"[bold]{experiment.name}[/bold]: {experiment.title}", highlight=False)
         if self.redraw:
-            records = Records(running.folder_of(experiment.name, self.out, quick=self.quick))
+            records = Records(runner.folder_of(experiment.name, self.out, quick=self.quick))
         else:
             console.print(
                 f"Takes: {escape(experiment.runtime)}; less than a megabyte of records.\n"
@@ -68,12 +68,12 @@ class Experiment:
             )
             with requests() as stop, Bar(console, experiment.name, stop) as bar:
                 try:
-                    records = running.run(experiment, self.out, bar, quick=self.quick)
+                    records = runner.run(experiment, self.out, bar, quick=self.quick)
                 except Stopped as stopped:
                     raise Stopped(
                         f"{stopped} It goes on where it was: {command}", signal=stopped.signal
                     ) from None
-        picture = running.draw(experiment, records)
+        picture = runner.draw(experiment, records)
         if not records.finished:
             console.print("Not finished: no verdict yet.", highlight=False)
         else:
@@ -87,14 +87,14 @@ def _list(console: Console, out: Path) -> None:
     from rich.table import Table
 
     from sophia.lab import experiments
-    from sophia.lab.experiments import running
-    from sophia.lab.experiments.records import Records
+    from sophia.lab.experiments.framework import runner
+    from sophia.lab.experiments.framework.records import Records
 
     table = Table(box=None, pad_edge=False)
     for title in ("name", "what", "takes", "records here"):
         table.add_column(title)
     for experiment in experiments.every():
-        records = Records(running.folder_of(experiment.name, out))
+        records = Records(runner.folder_of(experiment.name, out))
         state = "finished" if records.finished else f"{len(records.rows)} rows" if records.rows else "none"
         table.add_row(experiment.name, experiment.title, experiment.runtime, state)
     console.print(table)

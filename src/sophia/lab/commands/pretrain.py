@@ -1,4 +1,4 @@
-"""`sophia pretrain`: its options; the deed is in ``sophia.lab.pretrain``."""
+"""`sophia pretrain`: its options; the deed is in ``sophia.lab.jobs.pretrain``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ class Pretrain:
         """Print the forecast, or train."""
         from rich.console import Console
 
-        from sophia.lab import recipe
-        from sophia.lab.errors import UsageError
-        from sophia.lab.pretrain import pretrain, table
+        from sophia.lab.jobs.pretrain import pretrain, table
+        from sophia.lab.protocols import recipe
+        from sophia.lab.support.errors import UsageError
 
         if self.forecast:
             names = self.recipes or tuple(recipe.recipes())

@@ -27,9 +27,9 @@ class Report:
         """Report on each folder."""
         from rich.console import Console
 
-        from sophia.lab.compare import show
-        from sophia.lab.errors import UsageError
-        from sophia.lab.export import write_csv
+        from sophia.lab.jobs.compare import show
+        from sophia.lab.report.csv_tables import write_csv
+        from sophia.lab.support.errors import UsageError
 
         console = Console()
         if not self.folders:

@@ -1,4 +1,4 @@
-"""`sophia sweep`: its options; the deed is in ``sophia.lab.sweep``."""
+"""`sophia sweep`: its options; the deed is in ``sophia.lab.jobs.sweep``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from sophia.lab.commands.choice import ProtocolChoice
+from sophia.lab.commands.protocol_options import ProtocolChoice
 
 __all__ = ["Sweep"]
 
@@ -43,14 +43,14 @@ class Sweep(ProtocolChoice):
         """Do the trials, and print the winners."""
         from rich.console import Console
 
-        from sophia.lab.errors import LabError
+        from sophia.lab.support.errors import LabError
 
         if importlib.util.find_spec("optuna") is None:
             raise LabError(
                 "A sweep needs the package 'optuna', which is not installed. "
                 "Write: pip install 'torch-sophia[lab,sweep]'"
             )
-        from sophia.lab.sweep import sweep
+        from sophia.lab.jobs.sweep import sweep
 
         protocol = self.choose(self.contenders)
         if self.trials is not None:

@@ -1,11 +1,11 @@
-"""`sophia train`: its options; the deed is in ``sophia.lab.single``."""
+"""`sophia train`: its options; the deed is in ``sophia.lab.jobs.train``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia.lab.commands.choice import ProtocolChoice
+from sophia.lab.commands.protocol_options import ProtocolChoice
 
 __all__ = ["Train"]
 
@@ -41,9 +41,9 @@ class Train(ProtocolChoice):
         """Train, and print how it ended."""
         from rich.console import Console
 
-        from sophia.lab.plan import parse_settings
-        from sophia.lab.protocol import split_label
-        from sophia.lab.single import train_one
+        from sophia.lab.jobs.train import train_one
+        from sophia.lab.protocols.plan import parse_settings
+        from sophia.lab.protocols.protocol import split_label
 
         label, _ = split_label(self.contender)
         protocol = self.choose([self.contender])

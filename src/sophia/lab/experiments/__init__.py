@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 
-from sophia.lab.errors import UsageError
-from sophia.lab.experiments.experiment import Experiment
+from sophia.lab.experiments.framework.definition import Experiment
+from sophia.lab.support.errors import UsageError
 
 __all__ = ["NAMES", "every", "find"]
 

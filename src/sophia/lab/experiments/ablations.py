@@ -15,14 +15,14 @@ from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sophia.lab import contenders
-from sophia.lab.config import Model, Setting
-from sophia.lab.experiments.bench import Bench, Shape
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
-from sophia.lab.noise import Estimate, contrast, pooled_noise
-from sophia.lab.strict import canonical
+from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.config.run import Model, Setting
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.experiments.framework.small_runs import Bench, Shape
+from sophia.lab.optimizers import table as contenders
+from sophia.lab.support.dataclass_json import canonical
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

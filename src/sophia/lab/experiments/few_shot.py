@@ -16,13 +16,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sophia.lab import corpus, downstream, pretrained, protocol_files, tokens, training, vocabulary
-from sophia.lab.config import Data, Evaluation, Run
-from sophia.lab.downstream import Item
-from sophia.lab.experiments.experiment import Experiment, Verdict
+from sophia.lab.config.run import Data, Evaluation, Run
+from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.experiments.few_resources import no_network
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.jobs import evaluate
+from sophia.lab.jobs.evaluate import Item
+from sophia.lab.protocols import protocol_file
+from sophia.lab.training import export_model, loop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,17 +69,17 @@ def items(documents: Sequence[str], number: int, *, seed: int) -> list[Item]:
 
 def run(quick: bool, records: Records, progress: Progress) -> None:
     """Train each contender for T/2 and for T, export, and let the harness score what was exported."""
-    downstream.require("The experiment few-shot")
+    evaluate.require("The experiment few-shot")
     text = corpus.load("sotu")
     if quick:
         text = replace(text, train=text.train[:2], validation=text.validation[:1])
     ids, data = tokens.encode(text), Data(text.name, text.sha256, vocabulary.SHA256)
     steps, seeds, number, draws = ((4, 8), (1, 2), 6, (1, 2)) if quick else (STEPS, SEEDS, ITEMS, DRAWS)
-    protocol = protocol_files.chosen("tiny" if quick else "quick", None)
+    protocol = protocol_file.chosen("tiny" if quick else "quick", None)
     cases = [{"contender": c, "steps": s, "seed": seed} for seed, s, c in product(seeds, steps, CONTENDERS)]
     with tempfile.TemporaryDirectory() as name, no_network() as tried:
         folder = Path(name)
-        downstream.write_task(
+        evaluate.write_task(
             folder / "task",
             TASK,
             examples=items(text.train, 40, seed=1),
@@ -85,7 +88,7 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
         for case in records.left(cases, progress):
             config = protocol.run(case["contender"], data=data, seed=case["seed"], steps=case["steps"])
             config = replace(config, evaluation=Evaluation(every=config.steps, sequences=64))
-            result = training.train(config, folder / "runs", ids, stop=progress.stop, keep=True)
+            result = loop.train(config, folder / "runs", ids, stop=progress.stop, keep=True)
             scores = _score(config, folder, draws)
             records.add(
                 case,
@@ -98,13 +101,13 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
             )
 
 
-def _score(config: Run, folder: Path, draws: Sequence[int]) -> list[downstream.Score]:
+def _score(config: Run, folder: Path, draws: Sequence[int]) -> list[evaluate.Score]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    out = pretrained.export(folder / "runs" / config.hash, folder / "exported" / config.hash)
+    out = export_model.export(folder / "runs" / config.hash, folder / "exported" / config.hash)
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     words = AutoTokenizer.from_pretrained(out, local_files_only=True)
-    return downstream.evaluate(model, words, [TASK], shots=SHOTS, draws=draws, folder=folder / "task")
+    return evaluate.evaluate(model, words, [TASK], shots=SHOTS, draws=draws, folder=folder / "task")
 
 
 def _accuracies(records: Records, contender: str, steps: int) -> list[float]:
@@ -207,5 +210,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
-    needs={downstream.MODULE: "eval"},
+    needs={evaluate.MODULE: "eval"},
 )

@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sophia.lab import contenders, corpus, models, protocol_files, tokens, vocabulary
-from sophia.lab.config import Data, Run
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
-from sophia.lab.noise import Estimate, contrast, pooled_noise
-from sophia.lab.tokens import Tokens
-from sophia.lab.training import Progress as Trained
-from sophia.lab.training import train
+from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.config.run import Data, Run
+from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.data.tokens import Tokens
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.models import build
+from sophia.lab.optimizers import table
+from sophia.lab.protocols import protocol_file
+from sophia.lab.training.loop import Progress as Trained
+from sophia.lab.training.loop import train
 from sophia.likelihoods import Categorical
-from sophia.noise import generator
+from sophia.refresh.seeds import generator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,8 +61,8 @@ WARM = 100
 
 
 def _config(data: Data, steps: int, *, seed: int, quick: bool, way: Mapping[str, Any]) -> Run:
-    protocol = protocol_files.chosen("tiny" if quick else "quick", None)
-    tuned = contenders.find(CONTENDER).settings(protocol.contenders[CONTENDER].settings)
+    protocol = protocol_file.chosen("tiny" if quick else "quick", None)
+    tuned = table.find(CONTENDER).settings(protocol.contenders[CONTENDER].settings)
     over = {**way, "beta2": float(tuned["beta2"]) ** (way["update_every"] / 10)}
     return protocol.run(CONTENDER, data=data, seed=seed, steps=steps, over=over)
 
@@ -90,8 +93,8 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
 
 def _warm(config: Run, ids: Tokens, steps: int) -> nn.Module:
-    model = models.build(config.model, seed=1)
-    row = contenders.find(CONTENDER)
+    model = build.build(config.model, seed=1)
+    row = table.find(CONTENDER)
     optimizer = row.build(model, row.settings(config.optimizer.settings), 1)
     for step in range(steps):
         batch = ids.batch(seed=1, step=step, size=config.batch, context=config.model.context)

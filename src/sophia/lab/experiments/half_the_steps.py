@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sophia.lab import corpus, freezing, plan, protocol_files, tokens
-from sophia.lab.evidence import read_evidence
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
-from sophia.lab.noise import Estimate, contrast, pooled_noise
-from sophia.lab.protocol import Protocol
-from sophia.lab.speedup import Ratio, curve_of, speedup
-from sophia.lab.strict import to_json
-from sophia.lab.training import Progress as Trained
-from sophia.lab.training import train
+from sophia.lab.analysis.read_records import read_evidence
+from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.analysis.speedup import Ratio, curve_of, speedup
+from sophia.lab.data import corpus, tokens
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.protocols import freeze, plan, protocol_file
+from sophia.lab.protocols.protocol import Protocol
+from sophia.lab.support.dataclass_json import to_json
+from sophia.lab.training.loop import Progress as Trained
+from sophia.lab.training.loop import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,13 +94,13 @@ def _read(records: Records, size: str, folder: Path) -> None:
 
 def _protocol(name: str, quick: bool) -> Protocol:
     if quick:  # two models of the smallest preset, of different sizes
-        tiny = protocol_files.chosen("tiny", None)
+        tiny = protocol_file.chosen("tiny", None)
         model = replace(tiny.model, width=16 if name == "tiny" else 24)
         return replace(tiny, name=name, budgets=(4, 8), model=model)
-    if name in protocol_files.presets():
-        return protocol_files.chosen(name, None)
+    if name in protocol_file.presets():
+        return protocol_file.chosen(name, None)
     folder = Path(str(importlib.resources.files("sophia.lab.experiments") / "protocols"))
-    return protocol_files.load(folder / f"{name}.toml")
+    return protocol_file.load(folder / f"{name}.toml")
 
 
 def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bool) -> None:
@@ -109,10 +110,10 @@ def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bo
         if not (found / "tuned.toml").exists():
             from rich.console import Console
 
-            from sophia.lab.sweep import sweep
+            from sophia.lab.jobs.sweep import sweep
 
             sweep(protocol, out=found, workers=1, console=Console(quiet=True))
-        protocol = protocol_files.load(found / "tuned.toml")
+        protocol = protocol_file.load(found / "tuned.toml")
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
     planned = plan.make_plan(protocol, text, ids)
@@ -120,8 +121,8 @@ def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bo
         "protocol.json": {"hash": planned.protocol.hash, "protocol": to_json(planned.protocol)},
         "comparison.json": planned.to_json(),
     }
-    freezing.check(folder, frozen, what="comparison")
-    freezing.write(folder, frozen)
+    freeze.check(folder, frozen, what="comparison")
+    freeze.write(folder, frozen)
     for number, config in enumerate(planned.runs):
 
         def report(trained: Trained, number: int = number, steps: int = config.steps) -> None:
@@ -242,7 +243,7 @@ def draw(records: Records) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    from sophia.lab.figure_labels import spread
+    from sophia.lab.report.labels import spread
 
     figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)

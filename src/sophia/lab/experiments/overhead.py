@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from sophia.lab import contenders, models
-from sophia.lab.config import Model
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records, Row
+from sophia.lab.config.run import Model
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records, Row
+from sophia.lab.models import build
+from sophia.lab.optimizers import table as contenders
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ class _Trainer:
 
     @classmethod
     def of(cls, contender: str, shape: Model, batch: int) -> _Trainer:
-        model = models.build(shape, seed=1)
+        model = build.build(shape, seed=1)
         row = contenders.find(contender)
         over = {"update_every": K, "fraction": FRACTIONS[contender]} if FRACTIONS[contender] else {}
         generator = torch.Generator().manual_seed(1)
@@ -119,7 +120,7 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
         flops, more = _operations(case["contender"], shape, batch)
         records.add(
             case,
-            parameters=models.parameter_count(own.model),
+            parameters=build.parameter_count(own.model),
             batch=batch,
             adamw_seconds=median(seconds),
             step=median(step_ratios),

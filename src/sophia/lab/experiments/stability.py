@@ -15,11 +15,11 @@ from math import inf, log2
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sophia.lab.config import Model, Setting
-from sophia.lab.experiments.bench import Bench, Shape
-from sophia.lab.experiments.experiment import Experiment, Verdict
-from sophia.lab.experiments.progress import Progress
-from sophia.lab.experiments.records import Records
+from sophia.lab.config.run import Model, Setting
+from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.experiments.framework.small_runs import Bench, Shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

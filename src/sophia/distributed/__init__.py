@@ -1,0 +1,3 @@
+"""Several processes: process groups, collectives, wrappers that scale gradients, shards. Imports nothing of
+ours.
+"""

@@ -1,0 +1,1 @@
+"""What is to be run, as frozen data; its hash names the run."""

@@ -1,0 +1,5 @@
+"""The estimators of the curvature against exact diagonals."""
+
+from sophia.lab.experiments.estimators.experiment import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]

@@ -1,0 +1,1 @@
+"""How long runs will take, and how much memory and disk, before they begin."""

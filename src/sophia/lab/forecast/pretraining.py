@@ -1,0 +1,75 @@
+"""What a run of `sophia pretrain` will take, said by itself: disk and memory from its shapes before the first
+step, time from its own first steps. A probe in a folder of its own, as the laptop's commands make, would
+build a large model twice and hold every process of a team for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sophia.lab.config.run import Run
+from sophia.lab.models.size import forecast
+from sophia.lab.support.files import existing
+from sophia.lab.support.units import duration, size, small_duration
+
+__all__ = ["Pacer", "disk", "needs"]
+
+
+def needs(run: Run, out: Path, *, devices: int, sharded: bool, recompute: bool, save_every: int) -> str:
+    """Disk and memory, in a sentence.
+
+    Args:
+        run: the run.
+        out: folder of its records.
+        devices: processes that share it.
+        sharded: whether they share weights and state too.
+        recompute: whether activations are computed twice and not kept.
+        save_every: steps between two checkpoints.
+    """
+    whole = forecast(run)
+    added = disk(run, save_every)
+    free = shutil.disk_usage(existing(out)).free
+    peak = forecast(run, devices=devices, sharded=sharded, recompute=recompute, count=whole.parameters).peak
+    short = " That is more than there is." if added > free else ""
+    return (
+        f"Forecast: {whole.flops:.2e} FLOPs; about {size(peak)} of memory a process; disk: about "
+        f"{size(added)}, {size(free)} are free.{short} Time follows after the first steps."
+    )
+
+
+def disk(run: Run, save_every: int) -> int:
+    """Bytes of its checkpoints, nearly all that it leaves: the last two are kept, and the end is one."""
+    whole = forecast(run)
+    saved = whole.weights - 4 * whole.parameters  # gradients are not saved
+    return saved * (2 if run.steps > save_every else 1)
+
+
+class Pacer:
+    """The time of the rest, from the steps between the first two rows of this start: what is before the first
+    row fills caches, compiles, and says nothing of later steps.
+    """
+
+    def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._clock = run, clock
+        self._first: tuple[int, float] | None = None
+        self._said = False
+
+    def row(self, step: int) -> str | None:
+        """A row of the log was written at this step; a sentence, once, when there is something to say."""
+        now = self._clock()
+        if self._said or step >= self._run.steps:
+            return None
+        if self._first is None:
+            self._first = (step, now)
+            return None
+        self._said = True
+        first, began = self._first
+        pace = (now - began) / (step - first)
+        return (
+            f"Forecast: about {duration(pace * (self._run.steps - step))} for the other "
+            f"{self._run.steps - step:,} steps, checkpoints not counted; {small_duration(pace)} a step, "
+            f"measured over steps {first + 1} to {step}."
+        )

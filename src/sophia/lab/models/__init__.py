@@ -1,0 +1,1 @@
+"""Models from their configuration, and their size."""

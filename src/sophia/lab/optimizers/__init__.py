@@ -1,0 +1,1 @@
+"""Contenders: the optimizers that the lab compares."""

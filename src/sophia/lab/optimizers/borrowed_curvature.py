@@ -1,0 +1,113 @@
+"""Steps of another rule on Sophia's m and h: an optimizer whose averages are kept by a Sophia that stands
+still. AdaHessian's step is one, the ablations of Sophia's own step are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sophia import Sophia
+from sophia.curvature import Estimate, Estimator, Hutchinson, PassContext
+from sophia.lab.optimizers.contender import decayed_and_not
+
+__all__ = ["BorrowedCurvature", "RootOfCurvature", "Squared"]
+
+
+class Squared(Estimator):
+    """The square of Hutchinson's estimate, whose average is AdaHessian's second moment."""
+
+    differentiates_twice = True
+
+    def __init__(self) -> None:
+        self._inner = Hutchinson()
+
+    def estimate(self, context: PassContext) -> Estimate:
+        """Return ``(u * (H u))^2``."""
+        found = self._inner.estimate(context)
+        return Estimate([None if d is None else d.square() for d in found.diagonal], found.count)
+
+
+class BorrowedCurvature(Optimizer):
+    """m and h are those of a Sophia with lr 0; what is done with them is a subclass's ``_directions``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        estimator: str | Estimator,
+        betas: tuple[float, float],
+        weight_decay: float,
+        defaults: dict[str, Any],
+        **sophia: Any,
+    ) -> None:
+        """``defaults`` are this optimizer's own settings, lr among them; ``sophia`` are Sophia's (gamma, eps,
+        update_every, fraction, seed).
+        """
+        self._sophia = Sophia(model, lr=0.0, betas=betas, weight_decay=0.0, estimator=estimator, **sophia)
+        super().__init__(decayed_and_not(model, {"weight_decay": weight_decay}), defaults)
+        self.state = self._sophia.state
+
+    def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
+        """From (m, h, group) of each parameter, the steps in units of lr, in the same order."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let Sophia bring m and h up to date, then move."""
+        loss = self._sophia.step(closure)
+        moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        moves = [(self.state[p]["exp_avg"], self.state[p]["hessian"], group) for p, group in moving]
+        for (theta, group), direction in zip(moving, self._directions(moves), strict=True):
+            theta.mul_(1 - group["lr"] * group["weight_decay"])
+            theta.add_(direction, alpha=-group["lr"])
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; Sophia forgets the forwards whose gradients go."""
+        self._sophia.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sophia's books; the groups here hold settings alone."""
+        return {"sophia": self._sophia.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        self._sophia.load_state_dict(state_dict["sophia"])
+        self.state = self._sophia.state
+
+
+class RootOfCurvature(BorrowedCurvature):
+    """Step m / (sqrt(v) + eps), v the average of squared Hutchinson estimates, both corrected for their bias.
+    No clip.
+
+    The step of AdaHessian (Yao et al., arXiv 2006.00719) without its averaging over blocks of coordinates,
+    and with an estimate every k steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        **passes: Any,
+    ) -> None:
+        """``passes`` (update_every, fraction, seed) are Sophia's."""
+        own = {"lr": lr, "eps": eps}
+        super().__init__(
+            model, estimator=Squared(), betas=betas, weight_decay=weight_decay, defaults=own, **passes
+        )
+
+    def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
+        books = self._sophia.param_groups[0]
+        beta1, beta2 = books["betas"]
+        m_share = 1 - beta1 ** books["step"]
+        v_share = 1 - beta2 ** books["refreshes"]
+        for m, v, group in moves:
+            yield (m / m_share).div_((v / v_share).sqrt_().add_(group["eps"]))

@@ -1,0 +1,60 @@
+"""Protocols on disk: TOML files of the user's, and those of the package, which are the presets."""
+
+from __future__ import annotations
+
+import importlib.resources
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sophia.lab.protocols.protocol import Protocol
+from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.errors import UsageError
+from sophia.lab.support.write_toml import write_toml
+
+__all__ = ["chosen", "load", "presets", "text_of"]
+
+
+def presets() -> dict[str, Path]:
+    """The packaged protocols: name and file."""
+    folder = importlib.resources.files("sophia.lab.protocols") / "presets"
+    return {path.stem: path for path in sorted(Path(str(folder)).glob("*.toml"))}
+
+
+def load(path: Path) -> Protocol:
+    """Read and check a file. Raises ``UsageError`` that names the file and what is wrong in it."""
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a protocol ({error}). "
+            "Give a TOML file; docs/protocols.md explains one."
+        ) from None
+    try:
+        protocol = from_json(Protocol, values)
+        protocol.check()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return protocol
+
+
+def chosen(preset: str | None, file: Path | None) -> Protocol:
+    """The protocol of a command line: a packaged one by name ("quick" unless given), or a file's."""
+    if preset is not None and file is not None:
+        raise UsageError(
+            f"--preset {preset} and --protocol {file} are both given, and each is a whole protocol. "
+            "Give one of them."
+        )
+    if file is not None:
+        return load(file)
+    known, name = presets(), preset or "quick"
+    if name not in known:
+        raise UsageError(
+            f"There is no preset {name!r}. Choose from: {', '.join(known)}; or give a file with --protocol."
+        )
+    return load(known[name])
+
+
+def text_of(protocol: Protocol) -> str:
+    """The protocol as a TOML file that `load` reads."""
+    return write_toml(to_json(protocol))

@@ -1,0 +1,133 @@
+"""The paper's runs as files, for machines that can do them: one for each size, with every contender's
+settings.
+
+What a recipe says is the model, the batch, the schedule and the optimizers; where it runs and in how many
+parts a batch is cut is said when it is started. ``sophia pretrain`` trains one, ``forecast`` says what that
+takes.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia.lab.config.run import Data, Evaluation, Model, Optimizer, Run, Schedule, Setting
+from sophia.lab.optimizers import table as contenders
+from sophia.lab.support.dataclass_json import from_json
+from sophia.lab.support.errors import UsageError
+
+__all__ = ["Recipe", "find", "load", "recipes"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A size of the paper."""
+
+    name: str
+    about: str
+    """One line for people."""
+    tokens: str
+    """Which text the paper used."""
+    vocabulary: str
+    """Which vocabulary its tokens are of."""
+    steps: int
+    batch: int
+    """Sequences in a step, over all processes."""
+    warmup: int
+    """Steps, whatever the length of the run."""
+    model: Model
+    contenders: Mapping[str, Mapping[str, Setting]]
+    """Settings over the defaults, by contender."""
+    floor: float = 0.05
+    clip: float = 1.0
+    precision: str = "bfloat16"
+    evaluations: int = 100
+    """Evaluations of a whole run."""
+    held_out: int = 512
+    """Held-out sequences of an evaluation."""
+    recalled: tuple[str, ...] = ()
+    """Dotted names of what was written from memory of the paper."""
+    chosen: tuple[str, ...] = ()
+    """Dotted names of what is not known, and ours."""
+
+    def __post_init__(self) -> None:
+        for name, settings in self.contenders.items():
+            contenders.find(name).settings(settings)
+        for dotted in (*self.recalled, *self.chosen):
+            section, _, key = dotted.partition(".")
+            known = vars(self.model) if section == "model" else self.contenders.get(section, {})
+            if key not in known:
+                raise UsageError(
+                    f"{dotted!r} is marked, but there is no such value in the recipe. Write model.NAME or "
+                    "CONTENDER.SETTING."
+                )
+
+    def run(
+        self,
+        contender: str,
+        *,
+        data: Data,
+        seed: int,
+        steps: int | None = None,
+        micro_batches: int = 1,
+        device: str = "cuda",
+        over: Mapping[str, Setting] | None = None,
+    ) -> Run:
+        """The run of a contender. Raises ``UsageError`` for one that the recipe has no settings for."""
+        if contender not in self.contenders:
+            raise UsageError(
+                f"{self.name} has no settings for {contender!r}, and defaults of a smaller scale would not "
+                f"be fair to it. It has {', '.join(self.contenders)}; add [contenders.{contender}] to a copy "
+                "of its file."
+            )
+        steps = self.steps if steps is None else steps
+        settings = {**self.contenders[contender], **(over or {})}
+        return Run(
+            data=data,
+            optimizer=Optimizer(contender, contenders.find(contender).settings(settings)),
+            model=self.model,
+            schedule=Schedule(warmup=self.warmup, floor=self.floor),
+            evaluation=Evaluation(every=max(1, steps // self.evaluations), sequences=self.held_out),
+            steps=steps,
+            batch=self.batch,
+            micro_batches=micro_batches,
+            clip=self.clip,
+            seed=seed,
+            device=device,
+            precision=self.precision,
+        )
+
+
+def recipes() -> dict[str, Path]:
+    """The packaged recipes by name, smallest first."""
+    folder = Path(str(importlib.resources.files("sophia.lab.protocols") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load(path: Path) -> Recipe:
+    """Read and check a file. Raises ``UsageError`` that names the file and what is wrong in it."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read as a recipe ({error}). Give a TOML file; docs/recipes.md explains one."
+        ) from None
+    try:
+        return from_json(Recipe, values)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def find(name: str) -> Recipe:
+    """A packaged recipe by its name, or the one in a file."""
+    known = recipes()
+    if name in known:
+        return load(known[name])
+    if name.endswith(".toml"):
+        return load(Path(name))
+    raise UsageError(
+        f"There is no recipe {name!r}. Choose from: {', '.join(known)}; or give a file that ends in .toml."
+    )

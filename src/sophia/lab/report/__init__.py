@@ -1,0 +1,1 @@
+"""Page, pictures and tables from an analysis."""

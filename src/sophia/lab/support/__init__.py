@@ -1,0 +1,1 @@
+"""Errors, files, signals and units: nothing here knows of training."""

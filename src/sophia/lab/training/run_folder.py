@@ -1,0 +1,131 @@
+"""What a run leaves: a folder named by the hash of its configuration, the only truth about it.
+
+``config.json``     the configuration
+``log.jsonl``       one row a line, {"kind": "train" | "eval", "step": ..., ...}; only ever appended to
+``result.json``     written once, when the run has ended
+``attempts.jsonl``  one row for each start: a run that was killed and went on shows that here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sophia.lab.config.run import Run
+from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.errors import LabError
+from sophia.lab.support.files import checked_name, out_of_space_named, plain, read_json, write_json
+
+__all__ = ["Record", "Silent", "rows"]
+
+
+class Record:
+    """The folder of one run."""
+
+    def __init__(self, runs: Path, config: Run) -> None:
+        self.config = config
+        self.folder = runs / checked_name(config.hash, what="run")
+        self.log = self.folder / "log.jsonl"
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+
+    def open(self) -> None:
+        """Make the folder, or check that the one that is there belongs to this configuration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        if not path.exists():
+            write_json(path, to_json(self.config))
+            return
+        seen = from_json(Run, read_json(path))
+        if seen != self.config:
+            theirs, ours = to_json(seen), to_json(self.config)
+            keys = ", ".join(k for k in ours if ours[k] != theirs[k])
+            raise LabError(
+                f"The run {self.folder.name} was started with other values of {keys}, so going on would mix "
+                f"two runs. "
+                "Give another output folder."
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run ended with, or None if it has not ended."""
+        path = self.folder / "result.json"
+        return read_json(path) if path.exists() else None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Record the end. Numbers that are not finite become null."""
+        write_json(self.folder / "result.json", plain(result))
+
+    def attempt(self, **what: int | str) -> None:
+        """Note that the run was started, and where, or that it failed, and why."""
+        with (
+            out_of_space_named(self.log),
+            (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(what) + "\n")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row to the log, and tell the listeners."""
+        row = plain(row)
+        line = json.dumps(row, allow_nan=False) + "\n"
+        with out_of_space_named(self.log), self.log.open("a", encoding="utf-8") as file:
+            file.write(line)
+        for listen in self.listeners:
+            listen(row)
+
+    def sync(self) -> int:
+        """Bring the log to the disk and return its length in bytes, to be kept in a checkpoint."""
+        with out_of_space_named(self.log), self.log.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, length: int) -> None:
+        """Drop what was logged after a checkpoint: those steps are done again, and rows are neither lost nor
+        repeated.
+        """
+        with self.log.open("ab") as file:
+            if file.tell() < length:
+                raise LabError(
+                    f"The log of the run {self.folder.name} is shorter than at its checkpoint, so it was "
+                    f"changed. "
+                    "Delete that folder to start the run again."
+                )
+            file.truncate(length)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the log."""
+        return rows(self.folder)
+
+
+class Silent(Record):
+    """For the other processes of a run: reads what is there, writes nothing."""
+
+    def open(self) -> None:
+        """Leave it to the first process."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Leave it to the first process."""
+
+    def attempt(self, **what: int | str) -> None:
+        """Leave it to the first process."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Leave it to the first process."""
+
+    def sync(self) -> int:
+        """Nothing was written."""
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Leave it to the first process."""
+
+
+def rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of the log in a run's folder. A last line that a kill cut short is left out."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)

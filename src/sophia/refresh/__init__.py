@@ -1,0 +1,1 @@
+"""When h is refreshed, and from what: recorded forwards, replayed in a sandbox."""

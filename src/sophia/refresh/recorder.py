@@ -1,0 +1,321 @@
+"""Records the training forwards of a model, so that ``step()`` can run them again for a refresh of h.
+
+Two hooks on the model keep, on the steps where a refresh is due, *references* to what the model was called
+with, the autocast state, and which predictions entered the loss. The last is read from the user's own
+backward: a hook on the logits notes the rows whose gradient is not zero. By definition that is the set of
+predictions in the loss, for every padding, shift, mask, external loss or label smoothing. Labels among the
+arguments are the fall-back (a compiled graph with the loss inside hands no gradient to the logits), and if
+there are none everything counts, with a warning.
+
+Nothing here knows the optimizer: it sets ``active`` on due steps, reads ``recordings`` and calls ``forget``.
+The hooks hold no reference to the recorder, the logits or the graph; copies and pickles of the model carry
+hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# torch.compile must not trace the hooks: recording is a side effect, which a graph would bake in. The public
+# torch.compiler.disable is the same, but imports the compiler as soon as this file is read.
+from torch._compile import _disable_dynamo as untraced
+
+from sophia.checks import SophiaWarning
+from sophia.distributed.shards import is_dtensor
+from sophia.likelihoods import Head, Heads, Likelihood, heads_of
+from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
+from sophia.refresh.sandbox import in_sandbox
+
+__all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of a forward."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        """The state at this moment."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def again(self) -> torch.autocast:
+        """A context that restores it."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+
+@dataclass(eq=False)
+class Outputs:
+    """What one head of a recorded forward returned."""
+
+    head: Head
+    shape: torch.Size
+    returned: bool
+    """Whether this very tensor is in the model's output: then a loss that uses it sends it a gradient."""
+    mask: Tensor | None = None
+    """Which predictions count; None until something says so."""
+
+    @property
+    def prediction_shape(self) -> torch.Size:
+        """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
+        return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
+
+
+@dataclass(eq=False)
+class Recording:
+    """One training forward: what is needed to run it again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    autocast: Autocast
+    outputs: tuple[Outputs, ...]
+    """One for each head of the likelihood."""
+    reached: bool = False
+    """Whether a backward has come through the outputs of this forward."""
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Inputs with their version counters, which tell whether somebody wrote into them since."""
+
+    def overwritten(self) -> bool:
+        """Whether an input has been changed in place since the forward."""
+        return any(tensor._version != version for tensor, version in self.versions)
+
+
+class Recorder:
+    """Keeps the training forwards of ``model`` while ``active``.
+
+    Args:
+        model: the module that is really called in the loop and returns logits.
+        likelihood: says what a prediction is, and how to see from a gradient whether it counted.
+        logits_fn: ``logits_fn(output) -> Tensor``, for models whose logits are not found; a mapping by name
+            for several heads.
+        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell; a
+            mapping by name for several heads.
+        copy_inputs: keep copies of the inputs, for loops that write into static buffers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | Heads,
+        *,
+        logits_fn: Callable[[Any], Any] | None = None,
+        mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any] | None = None,
+        copy_inputs: bool = False,
+    ) -> None:
+        self.model, self.heads, self._named = model, heads_of(likelihood), isinstance(likelihood, Heads)
+        self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
+        self.active = False
+        self.recordings: list[Recording] = []
+        self._pending: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self.label_shift: int | None = None
+        """Whether the model shifts its labels itself, once it had to be found out."""
+        self._checked: set[str] = set()  # heads whose loss has been compared with their likelihood
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
+            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything recorded: the step has been taken."""
+        self.recordings.clear()
+        self._pending = None
+
+    def forget_reached(self) -> None:
+        """Drop the recordings whose backward has run.
+
+        Called on ``zero_grad``: it clears after a step that was skipped, and spares the forward of a trainer
+        that zeroes the gradients between forward and backward.
+        """
+        self.recordings = [recording for recording in self.recordings if not recording.reached]
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: note the inputs before the model can change them."""
+        if in_sandbox() or not (self.active and model.training and torch.is_grad_enabled()):
+            return
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
+                "of the model and a part of the batch: their forwards cannot be run again on this one. Start "
+                "one process a device (torchrun, DistributedDataParallel), or show one device to this one"
+            )
+        if self.copy_inputs:
+            args, kwargs = _copied(args), _copied(kwargs)
+        self._pending = (args, dict(kwargs))
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook: find the logits and listen to their gradient."""
+        if self._pending is None or in_sandbox():
+            return
+        (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
+        found = self.find_outputs(output)
+        device_type = next((p.device.type for p in model.parameters()), "cpu")
+        returned = {id(tensor) for tensor in tensors_in(_fields(output))}
+        outputs = tuple(
+            Outputs(head, tensor.shape, id(tensor) in returned)
+            for head, tensor in zip(self.heads, found, strict=True)
+        )
+        recording = Recording(args, kwargs, Autocast.now(device_type), outputs)
+        recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        if self.mask_fn is not None:
+            masks = self._by_head(self.mask_fn(args, kwargs, output), "mask_fn")
+            for part, mask in zip(outputs, masks, strict=True):
+                part.mask = mask
+        else:
+            for part, tensor in zip(outputs, found, strict=True):
+                if tensor.requires_grad:
+                    tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
+        for tensor in tensors_in(_fields(output)):
+            if tensor.requires_grad:
+                tensor.register_hook(_Arrival(recording))  # type: ignore[no-untyped-call]
+        self.recordings.append(recording)
+
+    def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
+        """The outputs that the likelihood speaks of, one for each head; RuntimeError if one is not there."""
+        if self.logits_fn is not None:
+            found = self._by_head(self.logits_fn(output), "logits_fn")
+        elif self._named:
+            found = tuple(find_named(output, head.name) for head in self.heads)
+        else:
+            found = (find_logits(output),)
+        for head, tensor in zip(self.heads, found, strict=True):
+            self._check(head, tensor, output)
+        return found
+
+    def _by_head(self, value: Any, source: str) -> tuple[Any, ...]:
+        if not self._named:
+            return (value,)
+        names = [head.name for head in self.heads]
+        if not isinstance(value, Mapping) or set(names) - set(value):
+            got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+            raise RuntimeError(
+                f"{source} returned {got}, but the likelihood has the heads {names}: return a mapping with "
+                f"these names, for instance {{{names[0]!r}: output[0], ...}}"
+            )
+        return tuple(value[name] for name in names)
+
+    def _check(self, head: Head, tensor: Any, output: Any) -> None:
+        name = type(self.model).__name__
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            what, example = (
+                (f"the head {head.name!r}", f"a mapping with {head.name!r}")
+                if self._named
+                else ("logits", "the logits")
+            )
+            raise RuntimeError(
+                f"cannot find {what} in the output of {name} ({type(output).__name__}); pass logits_fn=, a "
+                f"function from the output to {example}. A model with a fused linear cross-entropy returns "
+                "none: build them from its hidden states (logits_fn=lambda output: "
+                "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
+                "mode='manual'"
+            )
+        if is_dtensor(tensor):
+            raise RuntimeError(
+                f"the logits of {name} are a DTensor, split over tensor-parallel ranks: "
+                "labels are drawn from whole rows. Give the output layer output_layouts=Replicate() and "
+                "use_local_output=True"
+            )
+
+    def check_fit(self, head: Head, gradient: Tensor) -> None:
+        """Warn, once a head, if the gradient in its output is not of the kind that its likelihood's loss
+        gives.
+        """
+        if head.name in self._checked:
+            return
+        self._checked.add(head.name)
+        mismatch = head.likelihood.mismatch(gradient)
+        if mismatch > 0.05:
+            warnings.warn(
+                f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
+                "cross-entropy: over the classes it "
+                f"sums to {mismatch:.0%} of its size instead of 0. h will be the curvature of a "
+                "cross-entropy all the same. Give likelihood= "
+                "the name of your loss, or logits_fn= if the output is not the logits",
+                SophiaWarning,
+            )
+
+
+class _Hook:
+    """A hook that forgets its recorder: the model does not keep the optimizer alive, and copies of it do
+    nothing.
+    """
+
+    def __init__(self, recorder: Recorder | None, moment: str) -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+        self._moment = moment
+
+    @untraced
+    def __call__(self, *arguments: Any) -> None:
+        recorder = None if self._recorder is None else self._recorder()
+        if recorder is not None:
+            getattr(recorder, self._moment)(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None, self._moment)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self._moment)
+
+
+class _Listener:
+    """Reads from the gradient of the logits which predictions count. Weak: it must not keep the recording, or
+    the graph, alive.
+    """
+
+    def __init__(self, outputs: Outputs, recorder: Recorder) -> None:
+        self._outputs, self._recorder = weakref.ref(outputs), weakref.ref(recorder)
+
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        outputs, recorder = self._outputs(), self._recorder()
+        if outputs is None or recorder is None or gradient is None:
+            return  # a compiled graph with the loss inside gives no gradient to the logits
+        recorder.check_fit(outputs.head, gradient)
+        counted = outputs.head.likelihood.counted(gradient)
+        outputs.mask = counted if outputs.mask is None else outputs.mask | counted
+
+
+class _Arrival:
+    """Notes that a backward has come through."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = weakref.ref(recording)
+
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        recording = self._recording()
+        if recording is not None:
+            recording.reached = True
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_copied(item) for item in value)
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+def _fields(output: Any) -> Any:
+    """An output as something that holds tensors: outputs that are plain objects by their attributes."""
+    plain = isinstance(output, (Tensor, tuple, list, Mapping))
+    return output if plain else getattr(output, "__dict__", {})

@@ -1,0 +1,106 @@
+"""The state of a parameter, and how it comes back from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia.distributed.shards import laid_out_like, local
+
+__all__ = ["SIZE", "add_what_is_missing", "check_origin", "restore_state"]
+
+_NAMES = ("exp_avg", "hessian")
+SIZE = "momentum_rms"
+"""Of a tensor under the damped rule: one number, see ``update_rule.usual_size``."""
+
+_FOREIGN = (
+    "whose second moment, if it has one, is not a curvature. Start Sophia afresh from the model's weights"
+)
+
+
+def add_what_is_missing(
+    state: MutableMapping[str, Tensor], parameter: Tensor, rule: str, dtype: torch.dtype
+) -> None:
+    """Make the buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too); under the
+    damped rule the number ``SIZE`` too.
+
+    Float64 parameters have float64 state.
+    """
+    wide = parameter.dtype if parameter.dtype == torch.float64 else dtype
+    for name in _NAMES:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
+    if SIZE not in state and (rule == "damped" or (rule == "spectral" and parameter.ndim != 2)):
+        state[SIZE] = _number(parameter, dtype)
+
+
+def _number(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    exact = torch.float64 in (parameter.dtype, dtype)
+    return torch.zeros((), dtype=torch.float64 if exact else torch.float32, device=parameter.device)
+
+
+def check_origin(loaded: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this can be Sophia's, judged by the groups: the state itself may be empty."""
+    missing = sorted({"state", "param_groups"} - set(loaded))
+    if missing:
+        raise ValueError(
+            f"an optimizer's state has the keys 'param_groups' and 'state', but this one lacks {missing} and "
+            f"has {sorted(map(str, loaded))[:5]}. If it is a whole checkpoint, pass the optimizer's part of "
+            "it"
+        )
+    for number, group in enumerate(loaded["param_groups"]):
+        if "gamma" not in group:
+            other = "an Adam's" if "amsgrad" in group else "another optimizer's"
+            raise ValueError(
+                f"parameter group {number} has the settings {sorted(map(str, group))} but no gamma: this is "
+                f"{other} state, {_FOREIGN}"
+            )
+
+
+def restore_state(
+    state: MutableMapping[Any, Any],
+    parameters: Sequence[Tensor],
+    loaded: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Put m and h of a loaded state dict into ``state``, as copies, in the precision of the state.
+
+    ``torch.optim.Optimizer.load_state_dict`` casts them to the dtype of the parameters, which would leave a
+    half-precision model with a half-precision h: 1e-11 becomes zero.
+
+    Raises:
+        ValueError: the entries are not Sophia's or do not fit the parameters.
+    """
+    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        entries = loaded["state"].get(number)
+        if not entries:
+            continue
+        _check(entries, number, parameter)
+        restored: dict[str, Tensor] = {}
+        add_what_is_missing(restored, parameter, "paper", dtype)
+        for name in _NAMES:
+            local(restored[name]).copy_(laid_out_like(entries[name], parameter))
+        if SIZE in entries:
+            restored[SIZE] = _number(parameter, dtype).copy_(entries[SIZE])
+        state[parameter] = restored
+
+
+def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
+    if set(entries) - {SIZE} != set(_NAMES):
+        raise ValueError(
+            f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
+            f"{sorted(_NAMES)}: this is another optimizer's state, {_FOREIGN}"
+        )
+    for name in _NAMES:
+        value = entries[name]
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != tuple(parameter.shape):
+            raise ValueError(
+                f"{name} of parameter {number} has shape {shape}, but the parameter has "
+                f"{tuple(parameter.shape)}: "
+                "load the state of the same model"
+            )

@@ -1,0 +1,167 @@
+"""The forecast of a command: arithmetic, words, and that it writes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sophia.lab import cli
+from sophia.lab.forecast import comparison
+from sophia.lab.forecast.comparison import Remaining, Task, makespan
+from sophia.lab.training.pace import Pace
+
+PACE = Pace(step=0.1, refreshes=0.02, row=0.01, evaluation=0.5, around=2.0, state=1_000_000, row_bytes=400)
+
+
+def test_runs_share_the_workers_in_their_order():
+    """Else two workers would halve what one long run takes."""
+
+    def span(*seconds, workers):
+        return makespan([Task(each) for each in seconds], workers)
+
+    assert span(workers=2) == 0
+    assert span(5.0, workers=3) == 5.0
+    assert span(5.0, 1.0, 1.0, 1.0, 4.0, workers=2) == 7.0  # the last begins when the short ones are done
+    assert span(*[1.0] * 6, workers=4) == 2.0
+
+
+def test_a_branch_waits_for_its_trunk_and_others_go_before_it():
+    """Else the forecast of budgets that share a trunk would let them begin at once, or in a row."""
+    tasks = [Task(10.0), Task(3.0, after=0, delay=6.0), Task(4.0)]
+    assert makespan(tasks[:2], 1) == 13.0  # a single worker does the trunk to its end
+    assert makespan(tasks[:2], 2) == 10.0
+    assert makespan(tasks[:3], 2) == 10.0  # the branch at 6, when the other trunk is done
+    assert makespan([tasks[0], tasks[2], Task(3.0, after=0, delay=8.0)], 2) == 11.0
+
+
+def test_every_worker_is_busy_while_a_pace_is_measured(tiny):
+    """Else a contender would be measured alone on a machine that it will share."""
+    runs = [tiny(name, seed=seed) for seed in (1, 2) for name in ("adamw", "lion", "sophia-g")]
+    names = [run.optimizer.contender for run in comparison.probes(runs, 2)]
+    assert names == ["adamw", "lion", "sophia-g", "adamw"]
+    assert len(comparison.probes(runs[:1], 4)) == 4
+    assert comparison.probes([], 2) == []
+
+
+def test_what_failed_in_one_worker_and_not_in_the_other_is_known(tiny):
+    """Else one worker without memory would hide a pace that was measured."""
+    a, b = tiny("adamw"), tiny("lion")
+    slow = dataclasses.replace(PACE, step=0.3)
+    found = comparison.paces([(a, PACE), (a, slow), (b, "it died"), (b, PACE), (tiny("sgd"), "it died")])
+    assert found["adamw"].step == pytest.approx(0.2)
+    assert found["lion"] == PACE
+    assert found["sgd"] == "it died"
+
+
+@pytest.fixture
+def ahead(tiny, tmp_path, monkeypatch):
+    """``ahead(lefts, paces)``: the forecast of runs of 100 steps, on a disk with 5 MB free."""
+    monkeypatch.setattr(comparison.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5_000_000}))
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (0.5, 0.5, 0.5))
+
+    def make(lefts, paces, runs=4, rounds=None, **how):
+        return comparison.outlook(
+            rounds or [lefts], paces, records=tmp_path / "runs", runs=runs, workers=1, report=False, **how
+        )
+
+    return make
+
+
+def test_the_sentence_says_time_pace_and_disk(ahead, tiny):
+    """Else a number would stand there without what it is made of."""
+    runs = [tiny(name, steps=100, seed=s) for s in (1, 2) for name in ("adamw", "sophia-g")]
+    seconds = Remaining(runs[0], 0).seconds(PACE)
+    assert seconds == pytest.approx(2 + 100 * 0.1 + 20 * 0.01 + 3 * 0.5)
+    plain = dataclasses.replace(PACE, refreshes=0.0)
+    found = ahead([Remaining(run, 0) for run in runs], {"adamw": plain, "sophia-g": PACE})
+    assert found.seconds == pytest.approx(4 * seconds)
+    assert found.sentence == (
+        "Forecast: about 55 s. Measured in 8 steps of each: a step takes 100 ms with adamw, 100 ms with "
+        "sophia-g (20 ms of it for refreshes); an evaluation 500 ms. Disk: about 75 kB, 5.0 MB are free."
+    )
+
+
+def test_what_was_done_before_is_said_and_not_counted(ahead, tiny):
+    """Else a resumed command would promise the time of all of it, or hide that it goes on."""
+    left = [Remaining(tiny(steps=100, seed=1), 50, begun=True), Remaining(tiny(steps=100, seed=2), 0)]
+    found = ahead(left, {"adamw": PACE})
+    assert (found.ended, found.begun) == (2, 1)
+    assert found.seconds == pytest.approx(2 + 5 + 10 * 0.01 + 0.5 + Remaining(left[1].run, 0).seconds(PACE))
+    start = "Forecast: 2 of 4 runs have ended before, 1 goes on; about 21 s for the rest. "
+    assert found.sentence.startswith(start)
+    assert "1 of 4 runs has ended before; about" in ahead(left[1:] * 3, {"adamw": PACE}).sentence
+
+
+def test_a_disk_that_is_too_small_and_a_contender_that_was_not_measured_are_named(ahead, tiny):
+    """Else the night would end on a full disk, or a sum would silently lack a contender."""
+    runs = [Remaining(tiny(name, steps=300), 0) for name in ("adamw", "lion")]
+    found = ahead(
+        runs, {"adamw": dataclasses.replace(PACE, state=9_000_000), "lion": "its process died"}, runs=2
+    )
+    assert "about 18 MB, 5.0 MB are free. That is more than there is." in found.sentence
+    assert ", without lion. " in found.sentence
+    assert found.sentence.endswith("Not measured: lion, its process died")
+    nothing = ahead(runs[1:], {"lion": "its process died"}, runs=1).sentence
+    assert nothing == "No forecast of the time. Not measured: lion, its process died"
+
+
+def test_a_busy_machine_is_said(ahead, tiny, monkeypatch):
+    """Else a pace that others have slowed would be read as that of the machine."""
+    left = [Remaining(tiny(steps=100), 0)]
+    assert "busy" not in ahead(left, {"adamw": PACE}).sentence
+    monkeypatch.setattr(comparison.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (6.1, 0.0, 0.0))
+    assert "The machine is busy (load 6.1)" in ahead(left, {"adamw": PACE}).sentence
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (5.9, 9.0, 9.0))
+    assert "busy" not in ahead(left, {"adamw": PACE}).sentence
+
+
+def test_rounds_wait_for_one_another(ahead, tiny):
+    """Else a sweep, whose proposals wait for results, would be promised as if they did not."""
+    one = Remaining(tiny(steps=100), 0)
+    assert ahead([], {"adamw": PACE}, rounds=[[one, one], [one]]).seconds == pytest.approx(
+        3 * one.seconds(PACE)
+    )
+    twice = comparison.outlook(
+        [[one], [one]], {"adamw": PACE}, records=comparison.Path("."), runs=2, workers=2, report=False
+    )
+    assert twice.seconds == pytest.approx(2 * one.seconds(PACE))
+
+
+COMMANDS = {
+    "compare": ["--seeds", "1", "--budgets", "10", "--workers", "1"],
+    "sweep": ["lion", "--trials", "2", "--workers", "1"],
+    "train": ["--steps", "10"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_forecast_alone_writes_nothing(command, text_file, tmp_path, monkeypatch, capsys):
+    """Else asking for the price would block the folder, or begin the work."""
+    if command == "sweep":
+        pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    arguments = [command, "--preset", "tiny", "--data", str(text_file), *COMMANDS[command], "--forecast"]
+    cli.main(arguments)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Forecast: about" in out
+    assert "a step takes" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_that_goes_on_counts_the_rest(text_file, tmp_path, capsys):
+    """Else the forecast of a resumed comparison would be that of a new one."""
+    out = tmp_path / "c"
+    arguments = ["compare", "--preset", "tiny", "--data", str(text_file), "--seeds", "1", "--budgets", "10"]
+    arguments += ["--workers", "1", "--out", str(out)]
+    cli.main(arguments)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("Forecast: about") == 1
+    assert said.index("Forecast") < said.index("adamw, 10 steps, seed 1: loss")
+    plan = json.loads((out / "comparison.json").read_text())
+    (out / "runs" / plan["runs"][0]["run"] / "result.json").unlink()
+    cli.main([*arguments, "--resume"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Forecast: 1 of 2 runs has ended before; about" in said
+    assert "with adamw" in said
+    assert "with sophia-g" not in said  # nothing is left of it, so it is not measured

@@ -1,0 +1,166 @@
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sophia.lab.analysis.verdict import Row
+from sophia.lab.config.run import Data
+from sophia.lab.config.search_space import Choice, LogRange
+from sophia.lab.jobs.compare import reached
+from sophia.lab.protocols import freeze, protocol_file
+from sophia.lab.protocols.protocol import Protocol
+from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.errors import UsageError
+from sophia.lab.support.write_toml import write_toml
+from sophia.lab.training.loop import train
+from sophia.lab.training.run_folder import rows
+
+DATA = Data("own", "a" * 64, "b" * 64)
+TINY = protocol_file.chosen("tiny", None)
+
+
+@pytest.mark.parametrize("name", protocol_file.presets())
+def test_each_preset_survives_being_written(name, tmp_path):
+    """Else the tuned protocol of a sweep would be another comparison than the one that was searched for."""
+    protocol = protocol_file.chosen(name, None)
+    path = tmp_path / "again.toml"
+    path.write_text(protocol_file.text_of(protocol))
+    assert protocol_file.load(path) == protocol
+    assert from_json(Protocol, to_json(protocol)).hash == protocol.hash
+
+
+# From the code before protocols were files.
+NAMES = [
+    ("quick", "adamw", 800, {}, "fa2c64101713"),
+    ("quick", "sophia-g", 400, {}, "16d35d0fb537"),
+    ("small", "muon", 3000, {"lr": 1e-3}, "fc3699962580"),
+    (
+        "million",
+        "signum",
+        400,
+        {"lr": 3e-4, "weight_decay": 0.3, "warmup": 0.05, "beta": 0.6},
+        "e20122417003",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "contender", "steps", "over", "run"), NAMES)
+def test_the_runs_of_a_preset_keep_their_names(name, contender, steps, over, run):
+    """Else finished runs would be done again, and records would name runs that no protocol makes."""
+    protocol = protocol_file.chosen(name, None).with_contenders([contender])
+    assert protocol.run(contender, data=DATA, seed=1, steps=steps, over=over).hash == run
+
+
+BAD = {
+    "unknown key": ("sedes = 3", "protocol has no field 'sedes'"),
+    "unknown inner key": ("schedule = { warm = 0.1 }", "schedule has no field 'warm'"),
+    "missing key": ("batch =", "lacks the field 'batch'"),
+    "not TOML": ("batch = = 4", "cannot be read as a protocol"),
+    "no list": ("seeds = 3", "seeds is 3.*Write a list"),
+    "twice": ("seeds = [1, 1]", "each once"),
+    "no seed": ("seeds = []", "needs one at least"),
+    "seed of the search": ("seeds = [1, 100]", "search.seed is 100"),
+    "look in between": ('stopping = "when it looks good"', "hold for no rule but"),
+    "no baseline": ('baseline = "lion"', r"Add \[contenders.lion\]"),
+    "warm-up": ("schedule = { warmup = 20 }", "schedule.warmup is 20.0: it is a fraction"),
+    "own warm-up": ("contenders = { adamw = { warmup = 2.0 } }", "warmup is 2.0"),
+    "evaluations": ("evaluation = { times = 0 }", "evaluation.times is 0"),
+    "contender": ("contenders = { adamw = {}, adam = {} }", "no contender 'adam'"),
+    "path as a name": ("contenders = { adamw = {}, '../x' = {} }", "may lead out of its folder"),
+    "setting": ("contenders = { adamw = { settings = { gama = 1 } } }", "adamw has no setting 'gama'"),
+    "own class under a known name": ("contenders = { adamw = { optimizer = 'x:Y' } }", "cannot mean two"),
+    "trials": ("search = { trials = 0 }", "search.trials is 0"),
+    "space of nobody": ("search = { spaces = { lion = {} } }", "search.spaces has 'lion'"),
+    "space of no setting": ("search = { spaces = { adamw = { gamma = [1] } } }", "no setting of adamw"),
+    "range upside down": (
+        "search = { spaces = { adamw = { lr = { low = 2, high = 1 } } } }",
+        "0 < low < high",
+    ),
+    "choice out of order": ("search = { spaces = { adamw = { beta1 = [0.9, 0.8] } } }", r"\[0.8, 0.9\]"),
+    "choice of two types": ("search = { spaces = { adamw = { beta1 = [0.9, 'x'] } } }", "cannot draw from"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_refused_with_its_name_and_the_key(line, message, tmp_path):
+    """Else a misspelt key would silently be the default, and the comparison not the one that was written."""
+    values = {k: v for k, v in to_json(TINY).items() if k != line.split()[0]}
+    text = "" if line.endswith(" =") else line + "\n"
+    path = tmp_path / "mine.toml"
+    path.write_text(text + write_toml(values))
+    with pytest.raises(UsageError, match=rf"(?s)mine\.toml.*{message}"):
+        protocol_file.load(path)
+
+
+def test_the_protocol_in_the_docs_is_one(tmp_path):
+    """Else the first thing a reader copies would not work."""
+    page = (Path(__file__).parents[3] / "docs" / "protocols.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])
+    protocol = protocol_file.load(path)
+    assert protocol.space("adamw") == {
+        "lr": LogRange(1e-3, 1e-1), "beta2": Choice((0.9, 0.95, 0.99)), "warmup": Choice((0.1, 0.2))
+    }  # fmt: skip
+    assert protocol.run("sophia-g", data=DATA, seed=1, steps=40).schedule.warmup == 8
+    assert protocol.run("adamw", data=DATA, seed=1, steps=40).schedule.warmup == 4
+
+
+def test_a_protocol_is_chosen_once(tmp_path):
+    """Else one of two protocols would be ignored."""
+    with pytest.raises(UsageError, match="Give one of them"):
+        protocol_file.chosen("tiny", tmp_path / "mine.toml")
+    with pytest.raises(UsageError, match="no preset 'huge'"):
+        protocol_file.chosen("huge", None)
+
+
+def test_another_protocol_is_refused_by_the_folder_of_the_first(tmp_path):
+    """Else numbers of two comparisons would stand in one table."""
+    frozen = {"protocol.json": {"hash": TINY.hash, "protocol": to_json(TINY)}}
+    assert not freeze.check(tmp_path / "c", frozen, what="comparison")
+    freeze.write(tmp_path / "c", frozen)
+    assert freeze.check(tmp_path / "c", frozen, what="comparison")
+    other = dataclasses.replace(TINY.with_settings({"adamw": {"lr": 2e-3}}), clip=2.0)
+    changed = {"protocol.json": {"hash": other.hash, "protocol": to_json(other)}}
+    with pytest.raises(UsageError, match=r"differs in clip, contenders\.adamw\.settings\.lr\."):
+        freeze.check(tmp_path / "c", changed, what="comparison")
+
+
+def test_toml_gives_back_what_was_written():
+    """Else a tuned setting would be another number, or a strange name would break the file."""
+    values = {
+        "a": 1e-12,
+        "b": True,
+        "c": 'q"\\ä\n',
+        "d": [0.1, 2],
+        "x y": {"z.w": {"v": 1}, "empty": {}},
+        "n": None,
+    }
+    assert tomllib.loads(write_toml(values)) == {k: v for k, v in values.items() if v is not None}
+
+
+def test_runs_of_wsd_share_their_trunk_bit_for_bit(ids, text, tmp_path):
+    """Else several budgets would not be points of one long training, which the schedule is there for."""
+    protocol = dataclasses.replace(
+        TINY, log_every=1, schedule=dataclasses.replace(TINY.schedule, kind="wsd", decay=0.5)
+    )
+    data = Data(text.name, text.sha256, "b" * 64)
+    logs = []
+    for steps in (20, 40):
+        config = protocol.run("sophia-g", data=data, seed=1, steps=steps)
+        train(config, tmp_path, ids)
+        kept = [r for r in rows(tmp_path / config.hash) if r["kind"] == "train"]
+        logs.append([(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in kept])
+    assert logs[0][:10] == logs[1][:10]
+    assert logs[0][11:] != logs[1][11:20]  # there the shorter decays
+
+
+def test_the_target_counts_ends_of_whole_schedules():
+    """Else a loss that a long run passes on its way would be called a budget."""
+    blank = {f.name: None for f in dataclasses.fields(Row)}
+    made = [
+        Row(**{**blank, "contender": name, "steps": steps, "loss": loss, "diverged": 0})
+        for name, steps, loss in [("a", 20, 5.1), ("a", 40, 4.9), ("b", 20, 5.2), ("b", 40, 5.1)]
+    ]
+    assert reached(made, 5.0) == "Smallest budget that reaches 5 nats: a 40 steps, b not."
