@@ -20,6 +20,7 @@ LAYERS = [
     # the library: mathematics, words for errors, who holds what
     {
         "sophia.update_rule",
+        "sophia.reference",
         "sophia.checks",
         "sophia.likelihoods",
         "sophia.distributed",
