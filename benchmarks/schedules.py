@@ -5,7 +5,7 @@
 The two must share contenders, seeds and budgets, and differ in the schedule alone. Each contender under each
 schedule is a cell of its own, and runs of one seed are paired: they start from the same weights and read the
 same batches under both. Intervals are those of ``sophia.lab.analysis.seed_noise`` with budgets taken as
-dependent, since half of them share a trunk.
+dependent, since half of them share their first part.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Planted:
     common: float = 0.0
     """Correlation of `rest` between the budgets of one contender and seed, as runs with one trunk have it."""
     wsd: bool = False
-    """Whether the records say that budgets share their trunk."""
+    """Whether the records say that budgets share their trunk, as records of older releases do."""
     h: bool = True
     """Whether Sophia's rows say how its curvature is distributed."""
     diverged: frozenset[tuple[str, int, int]] = frozenset()

@@ -17,7 +17,7 @@ def test_never_zero_in_warmup_never_above_one_ends_at_the_floor(kind, steps, war
         assert max(values) == pytest.approx(1)
 
 
-def test_stable_decay_shares_its_trunk_between_budgets():
+def test_stable_decay_is_the_same_for_every_budget_until_it_decays():
     """Else runs of several budgets could not share their first part."""
     short = [warmup_stable_decay(s, steps=50, warmup=5, floor=0.0, decay=0.2) for s in range(40)]
     long = [warmup_stable_decay(s, steps=100, warmup=5, floor=0.0, decay=0.2) for s in range(40)]

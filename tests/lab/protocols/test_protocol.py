@@ -140,7 +140,7 @@ def test_toml_gives_back_what_was_written():
     assert tomllib.loads(write_toml(values)) == {k: v for k, v in values.items() if v is not None}
 
 
-def test_runs_of_wsd_share_their_trunk_bit_for_bit(ids, text, tmp_path):
+def test_runs_of_wsd_are_equal_bit_for_bit_until_one_decays(ids, text, tmp_path):
     """Else several budgets would not be points of one long training, which the schedule is there for."""
     protocol = dataclasses.replace(
         TINY, log_every=1, schedule=dataclasses.replace(TINY.schedule, kind="wsd", decay=0.5)

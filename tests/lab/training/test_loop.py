@@ -164,10 +164,10 @@ def test_a_stop_between_two_rows_of_the_log_loses_nothing(tiny, ids, tmp_path):
 
 KILLED = """
 import json, os, pathlib, signal, sys
-from sophia.lab.config import Run
-from sophia.lab.strict import from_json
-from sophia.lab.tokens import open_cached
-from sophia.lab.training import train
+from sophia.lab.config.run import Run
+from sophia.lab.support.dataclass_json import from_json
+from sophia.lab.data.tokens import open_cached
+from sophia.lab.training.loop import train
 config = from_json(Run, json.loads(sys.argv[1]))
 def report(progress):
     if progress.step == int(sys.argv[3]):

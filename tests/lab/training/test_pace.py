@@ -6,12 +6,11 @@ import types
 
 import pytest
 
-from sophia.lab.config.run import Evaluation, Optimizer, Schedule
-from sophia.lab.forecast import comparison
+from sophia.lab.config.run import Evaluation, Optimizer
 from sophia.lab.forecast.comparison import Remaining
 from sophia.lab.optimizers import third_party
 from sophia.lab.support.errors import LabError
-from sophia.lab.training import loop, shared_start
+from sophia.lab.training import loop
 from sophia.lab.training.pace import STEPS, _pace, mean, measure
 from sophia.lab.training.run_folder import rows
 
@@ -118,26 +117,6 @@ def test_the_forecast_of_a_rest_is_what_the_rest_takes(clock, tiny, ids, tmp_pat
     loop.train(config, tmp_path, ids)
     # The optimizer's own count begins anew, and with it the first of ten steps is a refresh.
     assert Remaining(config, 20).seconds(pace) == pytest.approx(clock.now - before)
-
-
-def test_budgets_that_share_a_trunk_are_counted_once(clock, tiny, ids, tmp_path):
-    """Else the forecast under warm-up-stable-decay would promise the shared steps for every budget."""
-    schedule = Schedule(kind="wsd", warmup=5, decay=0.2)
-    long, short = (ticking(tiny, schedule=schedule, steps=steps) for steps in (100, 50))
-    ((trunk, (branch,)),) = shared_start.branches([long, short]).items()
-    assert (trunk, branch) == (long.hash, shared_start.Branch(short, 40))
-    pace = measure(long, ids, clock=lambda: clock.now)
-    left = comparison.remaining([long, short], tmp_path)
-    foreseen = comparison.outlook([left], {"tick": pace}, records=tmp_path, runs=2, workers=1, report=False)
-    assert (foreseen.ended, foreseen.begun) == (0, 0)
-    before = clock.now
-    loop.train(long, tmp_path, ids, branches=[branch])
-    loop.train(short, tmp_path, ids)
-    assert foreseen.seconds == pytest.approx(clock.now - before)
-    side_by_side = comparison.outlook(
-        [left], {"tick": pace}, records=tmp_path, runs=2, workers=2, report=False
-    )
-    assert side_by_side.seconds == pytest.approx(left[0].seconds(pace))  # the branch is done before the trunk
 
 
 def test_the_probe_leaves_nothing_and_changes_nothing(tiny, ids, tmp_path, monkeypatch):

@@ -59,7 +59,9 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Spent:
-    """What all runs that have ended took together; a part that budgets share is counted once."""
+    """What all runs that have ended took together. A part that was trained once for several budgets, as
+    older records have it, is counted once.
+    """
 
     runs: int
     steps: float

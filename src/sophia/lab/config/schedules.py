@@ -29,7 +29,7 @@ def warmup_stable_decay(step: int, *, steps: int, warmup: int, floor: float, dec
     """Linear warm-up, 1 for most of the run, and a straight line down to ``floor`` over the last share
     ``decay``.
 
-    Runs of several budgets share their trunk up to where the shortest begins to decay.
+    Runs that differ in ``steps`` alone are equal up to where the shorter begins to decay.
 
     >>> [round(warmup_stable_decay(s, steps=6, warmup=2, floor=0.0, decay=0.5), 3) for s in range(6)]
     [0.5, 1.0, 1.0, 0.667, 0.333, 0.0]

@@ -6,19 +6,18 @@ import heapq
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 
 from sophia.lab.config.run import Run
 from sophia.lab.support.files import existing
 from sophia.lab.support.units import duration, size, small_duration
+from sophia.lab.training import checkpoint
 from sophia.lab.training import pace as probe
-from sophia.lab.training import shared_start
 from sophia.lab.training.pace import Pace
 from sophia.lab.training.run_folder import Record
 
-__all__ = ["Outlook", "Paces", "Remaining", "Task", "makespan", "outlook", "paces", "probes", "remaining"]
+__all__ = ["Outlook", "Paces", "Remaining", "makespan", "outlook", "paces", "probes", "remaining"]
 
 REPORT = 600_000
 """Bytes of a comparison's page and pictures, about."""
@@ -38,8 +37,6 @@ class Remaining:
     """Where it goes on, about; 0 if it begins."""
     begun: bool = False
     """Whether it was begun before."""
-    trunk: str | None = None
-    """Hash of the run whose first steps it shares; it waits until that has done them."""
 
     @property
     def contender(self) -> str:
@@ -148,59 +145,28 @@ def paces(measured: Sequence[tuple[Run, Pace | str]]) -> Paces:
 def remaining(configs: Sequence[Run], runs: Path) -> list[Remaining]:
     """What is left to be done of runs in this folder, in order."""
     todo = [run for run in configs if Record(runs, run).result() is None]
-    branches = {
-        b.run.hash: (trunk, b.at) for trunk, group in shared_start.branches(configs).items() for b in group
-    }
     left = []
     for run in todo:
         record = Record(runs, run)
-        trunk, at = branches.get(run.hash, (None, 0))
-        if shared_start.planted(runs, run):
+        if checkpoint.exists(record.folder):
             # The log is at most a few rows ahead of the checkpoint, which is large and is not read for this.
             step = max((row["step"] for row in record.rows()), default=0)
             left.append(Remaining(run, min(step, run.steps), begun=True))
-        elif any(other.hash == trunk for other in todo):
-            left.append(Remaining(run, at, trunk=trunk))
         else:
             left.append(Remaining(run, 0))
     return left
 
 
-@dataclass(frozen=True)
-class Task:
-    """Something that takes seconds; after another if that has run for a while."""
+def makespan(seconds: Sequence[float], workers: int) -> float:
+    """When the last of some tasks ends: a worker that is free takes the next.
 
-    seconds: float
-    after: int | None = None
-    """Place of the other in the list."""
-    delay: float = 0.0
-    """Seconds that the other has run by then."""
-
-
-def makespan(tasks: Sequence[Task], workers: int) -> float:
-    """When the last of some tasks ends: a worker that is free takes the first that may begin.
-
-    >>> makespan([Task(3.0), Task(2.0), Task(2.0)], 2)
+    >>> makespan([3.0, 2.0, 2.0], 2)
     4.0
-    >>> makespan([Task(3.0), Task(2.0, after=0, delay=2.5)], 2)
-    4.5
     """
     free = [0.0] * max(1, workers)
-    begins: dict[int, float] = {}
-    todo = list(range(len(tasks)))
-    while todo:
-        # When each may begin; one whose other has not begun has to wait for that.
-        ready = {
-            i: begins[a] + tasks[i].delay if (a := tasks[i].after) is not None else 0.0
-            for i in todo
-            if tasks[i].after is None or tasks[i].after in begins
-        }
-        now = max(free[0], min(ready.values()))
-        chosen = next(i for i in todo if ready.get(i, inf) <= now)
-        todo.remove(chosen)
-        begins[chosen] = now
-        heapq.heapreplace(free, now + tasks[chosen].seconds)
-    return max(max(free), 0.0)
+    for each in seconds:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
 
 
 def outlook(
@@ -228,7 +194,7 @@ def outlook(
     left = [each for round_ in rounds for each in round_]
     foreseen = [each for each in left if each.contender in known]
     seconds = sum(
-        makespan(_tasks([each for each in round_ if each.contender in known], known), workers)
+        makespan([each.seconds(known[each.contender]) for each in round_ if each.contender in known], workers)
         for round_ in rounds
     )
     there = sum(_used(Record(records, each.run).folder) for each in foreseen if each.begun)
@@ -243,20 +209,6 @@ def outlook(
         busy=_busy(),
         paces=measured,
     )
-
-
-def _tasks(left: Sequence[Remaining], known: Mapping[str, Pace]) -> list[Task]:
-    places = {each.run.hash: i for i, each in enumerate(left)}
-    tasks = []
-    for each in left:
-        seconds, trunk = each.seconds(known[each.contender]), places.get(each.trunk or "")
-        if trunk is None:
-            tasks.append(Task(seconds))
-            continue
-        # How long the trunk, from where it stands, takes to the place where they part.
-        first = replace(left[trunk], run=replace(each.run, steps=each.step))
-        tasks.append(Task(seconds, trunk, max(0.0, first.seconds(known[each.contender]))))
-    return tasks
 
 
 def _used(folder: Path) -> int:

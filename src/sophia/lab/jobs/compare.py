@@ -106,7 +106,7 @@ def _run(
     try:
         with Crew(runs, workers=workers, trackers=trackers) as crew:
             _foresee(folder, planned, crew, workers, console)
-            with Display(console, planned.runs, done, workers=workers) as display:
+            with Display(console, planned.runs, done) as display:
                 crew.do(planned.runs, display)
     except Stopped as stopped:
         raise Stopped(f"{stopped}\nTo go on: {command}", signal=stopped.signal) from None

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from sophia.lab.config.run import Run
 from sophia.lab.support.units import duration
-from sophia.lab.training import shared_start
 from sophia.lab.training.workers import Events
 
 __all__ = ["Display"]
@@ -22,14 +21,11 @@ __all__ = ["Display"]
 class Display(Events):
     """A live view on a terminal; on anything else a line for each run that ends."""
 
-    def __init__(self, console: Console, runs: Sequence[Run], done: Sequence[str], *, workers: int) -> None:
+    def __init__(self, console: Console, runs: Sequence[Run], done: Sequence[str]) -> None:
         """``done`` holds the hashes of the runs that had ended before."""
         self._console = console
-        self._workers = workers
-        self._total = shared_start.steps_to_do(runs)
-        self._shared = {b.run.hash: b.at for group in shared_start.branches(runs).values() for b in group}
+        self._total = sum(run.steps for run in runs)
         self._steps = {run.hash: run.steps if run.hash in done else 0 for run in runs}
-        self._first: dict[str, int] = {}
         self._planned: dict[str, int] = {}
         self._ended: dict[str, int] = {}
         for run in runs:
@@ -50,8 +46,7 @@ class Display(Events):
 
     @property
     def _done(self) -> int:
-        """Steps that were done; those that a run has from its trunk were done there."""
-        return sum(max(0, steps - self._shared.get(run, 0)) for run, steps in self._steps.items())
+        return sum(self._steps.values())
 
     def __enter__(self) -> Display:
         self._live.__enter__()

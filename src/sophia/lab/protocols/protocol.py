@@ -150,9 +150,9 @@ class Protocol:
         entry, over = self.contenders[label], dict(over or {})
         own = self.schedule.warmup if entry.warmup is None else entry.warmup
         warmup = float(over.pop(WARMUP, own))
-        trunk = self.schedule.kind == "wsd"  # then budgets differ in where they decay, and in nothing before
-        of = min(self.budgets) if trunk else steps
-        evaluated = max(self.budgets) if trunk else steps
+        stable = self.schedule.kind == "wsd"  # then budgets differ in where they decay, and in nothing before
+        of = min(self.budgets) if stable else steps
+        evaluated = max(self.budgets) if stable else steps
         return Run(
             data=data,
             optimizer=Optimizer(label, self.row(label).settings({**entry.settings, **over})),

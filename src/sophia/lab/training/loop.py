@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from sophia.lab.support import provenance
 from sophia.lab.support.errors import Stopped, UsageError
 from sophia.lab.support.files import locked
 from sophia.lab.support.signals import Request
-from sophia.lab.training import checkpoint, shared_start
+from sophia.lab.training import checkpoint
 from sophia.lab.training.processes import Solo
 from sophia.lab.training.run_folder import Record, Silent
-from sophia.lab.training.shared_start import Branch
 from sophia.lab.training.trackers import Trackers
 
 __all__ = ["Progress", "train"]
@@ -53,7 +52,6 @@ def train(
     team: Solo | None = None,
     recompute: bool = False,
     keep: bool = False,
-    branches: Sequence[Branch] = (),
     trackers: Trackers | None = None,
 ) -> dict[str, Any]:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
@@ -61,15 +59,9 @@ def train(
     Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``. With a
     ``team`` of several processes each of them calls it, on one folder, and the first writes. ``recompute``
     trades the activations of the blocks for a second forward; it changes no number. ``keep`` saves the
-    trained model, as the last checkpoint. ``branches`` are planted on the way (see
-    ``sophia.lab.training.shared_start``), by a run of one process. ``trackers`` get the rows of the log.
+    trained model, as the last checkpoint. ``trackers`` get the rows of the log.
     """
     team = Solo() if team is None else team
-    if branches and team.size > 1:
-        raise UsageError(
-            f"{len(branches)} runs are to branch off one of {team.size} processes, and only a run of one "
-            "process can plant them. Train each budget by itself."
-        )
     record = Record(runs, config) if team.rank == 0 else Silent(runs, config)
     with locked(record.folder, what="run") if team.rank == 0 else contextlib.nullcontext():
         if (result := record.result()) is None:
@@ -77,9 +69,7 @@ def train(
             request = Request() if stop is None else stop  # a request that was not made yet is false
             trackers = trackers if trackers is not None and team.rank == 0 else Trackers()
             with trackers.follow(record):
-                result = _train(
-                    config, record, tokens, save_every, request, report, team, recompute, keep, branches
-                )
+                result = _train(config, record, tokens, save_every, request, report, team, recompute, keep)
                 record.finish(result)
     return result
 
@@ -94,7 +84,6 @@ def _train(
     team: Solo,
     recompute: bool,
     keep: bool,
-    branches: Sequence[Branch],
 ) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     device = team.device(config.device)
@@ -127,32 +116,26 @@ def _train(
         step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
         clipped_before, clipped = state.get("clipped_before", 0), state.get("clipped", 0)
         clock = _Clock(state["seconds"], state["cpu_seconds"])
-    shared = state.get("trunk") if state is not None else None  # the part that another run has trained
     record.cut(state["log"] if state is not None else 0)
     record.attempt(from_step=step)
 
-    def save(folder: Path, log: int, trunk: Mapping[str, Any] | None) -> None:
+    def save() -> None:
         team.save(
-            folder,
+            record.folder,
             model,
             optimizer,
             {
                 "random": checkpoint.random_state(),
                 "step": step,
-                "log": log,
+                "log": record.sync(),
                 "loss_sum": loss_sum,
                 "loss_count": loss_count,
                 "clipped_before": clipped_before,
                 "clipped": clipped,
                 "seconds": clock.seconds,
                 "cpu_seconds": clock.cpu_seconds,
-                **({} if trunk is None else {"trunk": dict(trunk)}),
             },
         )
-
-    def plant(folder: Path, log: int) -> None:
-        part = shared_start.part(record, steps=step, seconds=clock.seconds, cpu_seconds=clock.cpu_seconds)
-        save(folder, log, part)
 
     def evaluate() -> float:
         rows = max(1, config.batch // (parts * team.size))
@@ -181,7 +164,6 @@ def _train(
             "state_bytes": contender.state_bytes(optimizer),
             "unclipped": sum(shares) / len(shares) if shares else None,
             "gradient_clipped": (clipped_before + clipped) / step if step else None,
-            **({} if shared is None else {"trunk": shared}),
             "environment": {
                 **provenance.describe(threads=config.threads, device=config.device),
                 **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
@@ -254,18 +236,15 @@ def _train(
             loss_at_end = evaluate()
             if not math.isfinite(loss_at_end):
                 return end("diverged", None)
-        for branch in branches:
-            if branch.at == step:  # before the trunk saves itself: what it has passed is planted
-                shared_start.plant(branch, record, plant)
         if team.agreed(bool(stop)) and step < config.steps:
-            save(record.folder, record.sync(), shared)
+            save()
             raise Stopped(
                 f"Stopped at step {step} of {config.steps}; the state is saved.", signal=stop.signal or 0
             )
         if step % save_every == 0 and step < config.steps:
-            save(record.folder, record.sync(), shared)
+            save()
     if keep:
-        save(record.folder, record.sync(), shared)
+        save()
     return end("finished", loss_at_end)
 
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -25,7 +25,6 @@ from sophia.lab.config.run import Run
 from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import LabError, Stopped
 from sophia.lab.support.signals import Request, requests
-from sophia.lab.training import shared_start
 from sophia.lab.training.pace import Pace, measure
 from sophia.lab.training.run_folder import Record
 from sophia.lab.training.trackers import Trackers
@@ -98,10 +97,7 @@ class Crew:
     def measure(self, configs: Sequence[Run]) -> list[tuple[Run, Pace | str]]:
         """The pace of runs, by a few steps of each that leave nothing; the reason where that failed."""
         found: list[tuple[Run, Pace | str]] = []
-        todo = list(configs)
-        for run, kind, values in self._done(
-            todo, lambda: todo[0] if todo else None, lambda run: ("measure", to_json(run), [])
-        ):
+        for run, kind, values in self._done("measure", list(configs)):
             if kind == "measured":
                 found.append((run, values[0]))
             elif kind in ("failed", "died"):
@@ -113,26 +109,11 @@ class Crew:
     def do(self, configs: Sequence[Run], events: Events) -> None:
         """Do all runs that have no result, in order. Their data must be in the cache of tokens.
 
-        A run that shares its first part with a longer one waits until that has passed the place where they
-        part.
-
         Raises ``LabError`` at the end if runs failed, after the others are done.
         """
         todo = [config for config in configs if Record(self._runs, config).result() is None]
         attempts: collections.Counter[str] = collections.Counter()
         failures: list[str] = []
-        leaving = shared_start.branches(configs)
-        trunk_of = {branch.run.hash: trunk for trunk, group in leaving.items() for branch in group}
-
-        def following() -> Run | None:
-            pending = {run.hash for run in (*todo, *(w.run for w in self._members)) if run is not None}
-            for run in todo:
-                if trunk_of.get(run.hash) not in pending or shared_start.planted(self._runs, run):
-                    return run
-            return None
-
-        def task(run: Run) -> tuple[Any, ...]:
-            return "run", to_json(run), [(to_json(b.run), b.at) for b in leaving.get(run.hash, ())]
 
         def fail(run: Run, reason: str) -> None:
             Record(self._runs, run).attempt(failed=reason)
@@ -141,7 +122,7 @@ class Crew:
             failures.append(f"{run.optimizer.contender}, {run.steps} steps, seed {run.seed}: {what}{where}")
             events.failed(run, reason)
 
-        for run, kind, values in self._done(todo, following, task):
+        for run, kind, values in self._done("run", todo):
             if kind == "progress":
                 events.progress(run, *values)
             elif kind == "ended":
@@ -160,25 +141,17 @@ class Crew:
         if failures:
             raise LabError("Some runs failed; the others are done.\n" + "\n".join(failures))
 
-    def _done(
-        self,
-        todo: list[Run],
-        following: Callable[[], Run | None],
-        task: Callable[[Run], tuple[Any, ...]],
-    ) -> Iterator[tuple[Run, str, list[Any]]]:
-        """Hand out runs until there is none, and give what comes back; whoever listens may add to them.
-        ``following`` chooses the next of ``todo``, None if all of them have to wait; ``task`` is its message.
-        """
+    def _done(self, task: str, todo: list[Run]) -> Iterator[tuple[Run, str, list[Any]]]:
+        """Hand out runs until there is none, and give what comes back; whoever listens may add to them."""
         while todo or any(w.run for w in self._members):
             if self._stop and not self._told:
                 self._told = True
                 todo.clear()
                 for worker in self._members:
                     worker.process.terminate()  # it finishes its step and saves
-            while (chosen := following()) and (idle := self._idle()):
-                todo.remove(chosen)
-                idle.run = chosen
-                idle.connection.send(task(chosen))
+            while todo and (idle := self._idle()):
+                idle.run = todo.pop(0)
+                idle.connection.send((task, to_json(idle.run)))
             for ready in wait([w.connection for w in self._members if w.run], timeout=0.2):
                 worker = next(w for w in self._members if w.connection is ready)
                 run = worker.run
@@ -255,9 +228,8 @@ def _work(connection: Connection, runs: Path, save_every: int, trackers: Tracker
 
         while not stop:
             try:
-                task, planned, group = connection.recv()
+                task, planned = connection.recv()
                 run = from_json(Run, planned)
-                branches = [shared_start.Branch(from_json(Run, config), at) for config, at in group]
             except (EOFError, OSError):
                 return
             try:
@@ -274,7 +246,6 @@ def _work(connection: Connection, runs: Path, save_every: int, trackers: Tracker
                     save_every=save_every,
                     stop=stop,
                     report=report,
-                    branches=branches,
                     trackers=trackers,
                 )
                 send("ended", result)
