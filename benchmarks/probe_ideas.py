@@ -26,7 +26,7 @@ from sophia.lab.config import schedules
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.models import build
-from sophia.lab.optimizers.lion_signum_pair import Pair
+from sophia.lab.optimizers.pair import Pair
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.step.kernels import own_rules
 from sophia.update_rule import polar

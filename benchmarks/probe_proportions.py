@@ -21,7 +21,7 @@ from torch import nn
 
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
-from sophia.lab.optimizers import build
+from sophia.lab.optimizers import adamw, adamw_apart
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.lab.support import provenance
 
@@ -90,9 +90,9 @@ def made(contender: str, rest: float, hidden: float) -> Callable[..., Made]:
 
     def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
         if contender == "adamw":
-            return build.adamw(model, {**s, "lr": rest}, seed), nothing
+            return adamw.build(model, {**s, "lr": rest}, seed), nothing
         if contender == "adamw-apart":
-            return build.adamw_apart(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
+            return adamw_apart.build(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
         optimizer = rule(model, {**s, "lr": rest}, seed)
         scales = {group["scale"] for group in optimizer.param_groups}
         for group in optimizer.param_groups:

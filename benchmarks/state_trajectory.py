@@ -21,7 +21,7 @@ from sophia import Sophia
 from sophia.lab.analysis.seed_noise import contrast, pooled_noise
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
-from sophia.lab.optimizers import build
+from sophia.lab.optimizers import sophia
 from sophia.lab.protocols import protocol_file
 from sophia.lab.support import provenance
 from sophia.lab.training import loop
@@ -51,7 +51,7 @@ def main() -> None:
                 continue
             run = protocol.run("sophia-g", data=data, seed=seed, steps=options.steps)
             made = functools.partial(Sophia, state_dtype=dtype)
-            with tempfile.TemporaryDirectory() as folder, mock.patch.object(build, "Sophia", made):
+            with tempfile.TemporaryDirectory() as folder, mock.patch.object(sophia, "Sophia", made):
                 end = loop.train(run, Path(folder), ids, save_every=options.steps)
             row = {
                 "state": kind,

@@ -16,32 +16,39 @@ __all__ = [
     "RULES",
     "check_group",
     "decayed_and_not",
+    "matrices_and_vectors",
     "translated_from_adamw",
 ]
 
 RULES = ("paper", "damped", "spectral")
+Named = tuple[str, nn.Parameter]
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of a model's trainable parameters: matrices and larger are decayed, vectors and scalars are
     not.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    matrices, vectors = matrices_and_vectors(model)
+    if not matrices and not vectors:
         raise ValueError(
             f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
             "nothing to train"
         )
-    whole = full_ndims(model)
-    matrices = [whole.get(id(p), p.ndim) >= 2 for _, p in named]
     groups = [
-        {
-            "params": [pair for pair, m in zip(named, matrices, strict=True) if m],
-            "weight_decay": weight_decay,
-        },
-        {"params": [pair for pair, m in zip(named, matrices, strict=True) if not m], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def matrices_and_vectors(model: nn.Module) -> tuple[list[Named], list[Named]]:
+    """A model's trainable parameters with their names: those of two dimensions or more, and the rest."""
+    whole = full_ndims(model)  # a wrapper may show a flat part of a matrix
+    parts: tuple[list[Named], list[Named]] = ([], [])
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            parts[whole.get(id(p), p.ndim) < 2].append((name, p))
+    return parts
 
 
 def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:

@@ -9,9 +9,10 @@ from sophia.lab.config.run import Model
 from sophia.lab.config.search_space import WARMUP, Choice, LogRange
 from sophia.lab.models.build import gpt2, parameter_count
 from sophia.lab.optimizers import table
-from sophia.lab.optimizers.borrowed_curvature import RootOfCurvature
+from sophia.lab.optimizers.adahessian import AdaHessianStep
 from sophia.lab.optimizers.contender import state_bytes
-from sophia.lab.optimizers.lion_signum_pair import Lion, Signum
+from sophia.lab.optimizers.lion import Lion
+from sophia.lab.optimizers.signum import Signum
 from sophia.lab.optimizers.table import CONTENDERS, find
 from sophia.lab.support.errors import LabError, UsageError
 
@@ -146,7 +147,7 @@ def test_adahessian_divides_by_the_root_of_squared_curvature():
     # With betas 0 a first step leaves the gradient in m and the estimate itself in h.
     ours = Sophia(models[0], lr=0.0, betas=(0.0, 0.0), estimator="hutchinson", **passes)
     steps(models[0], ours, 1)
-    rival = RootOfCurvature(models[1], lr=0.1, betas=(0.9, 0.5), eps=1e-6, weight_decay=0.0, **passes)
+    rival = AdaHessianStep(models[1], lr=0.1, betas=(0.9, 0.5), eps=1e-6, weight_decay=0.0, **passes)
     steps(models[1], rival, 1)
     for p, q, start in zip(*(m.parameters() for m in models), strict=True):
         g, h = (ours.state[p][name] for name in ("exp_avg", "hessian"))

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from sophia import Sophia
 from sophia.lab.bench.official_rule import OfficialRule
 from sophia.lab.bench.problem import Problem
-from sophia.lab.optimizers.lion_signum_pair import Pair
+from sophia.lab.optimizers.pair import Pair
 
 __all__ = ["METHODS", "REFERENCE", "Method", "Trainer"]
 

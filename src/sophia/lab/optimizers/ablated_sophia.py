@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sophia.curvature import Estimate, Estimator, GaussNewtonBartlett, PassContext
-from sophia.lab.optimizers.borrowed_curvature import BorrowedCurvature, Squared
+from sophia.lab.optimizers.adahessian import Squared
+from sophia.lab.optimizers.contender import Contender, Settings
+from sophia.lab.optimizers.sophia import DEFAULTS, SPACE, hessian_vector_cost, sampled_cost
+from sophia.lab.optimizers.sophia_averages import OnSophiaAverages
 from sophia.lab.support.errors import UsageError
 from sophia.likelihoods import Categorical
 
-__all__ = ["BOUNDS", "PRECONDITIONERS", "Ablated"]
+__all__ = ["BOUNDS", "CONTENDER", "PRECONDITIONERS", "Ablated", "build"]
 
 PRECONDITIONERS = ("gnb", "hutchinson", "empirical_fisher", "adahessian", "none")
 """c: h of one of the three estimators (Gauss-Newton-Bartlett with single labels, as in the paper); the root
@@ -40,7 +44,7 @@ class _One(Estimator):
         return Estimate([torch.ones_like(p) for p in context.parameters], context.count)
 
 
-class Ablated(BorrowedCurvature):
+class Ablated(OnSophiaAverages):
     """Sophia's step with another pre-conditioner or another bound (see the module)."""
 
     def __init__(
@@ -98,3 +102,39 @@ class Ablated(BorrowedCurvature):
         squares = sum(float(u.double().square().sum()) for u in steps)
         size = sqrt(squares / sum(u.numel() for u in steps))
         return (u / size if size else u for u in steps)
+
+
+def build(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """Sophia with the pre-conditioner and the bound that the settings name."""
+    return Ablated(
+        model,
+        lr=float(s["lr"]),
+        betas=(float(s["beta1"]), float(s["beta2"])),
+        gamma=float(s["gamma"]),
+        eps=float(s["eps"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        fraction=float(s["fraction"]),
+        preconditioner=str(s["preconditioner"]),
+        bound=str(s["bound"]),
+        seed=seed,
+    )
+
+
+def _cost(s: Settings) -> float:
+    """That of the estimator; a pre-conditioner of ones needs no pass."""
+    if s["preconditioner"] == "none":
+        return 0.0
+    sampled = s["preconditioner"] in ("gnb", "empirical_fisher")
+    return sampled_cost(s) if sampled else hessian_vector_cost(s)
+
+
+CONTENDER = Contender(
+    name="ablated",
+    title="Sophia with another pre-conditioner or another bound of the step, for ablations",
+    build=build,
+    defaults={**DEFAULTS, "preconditioner": "gnb", "bound": "clip"},
+    space=SPACE,
+    state_per_parameter=8,
+    gradients=_cost,
+)

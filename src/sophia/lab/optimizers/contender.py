@@ -11,17 +11,32 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sophia.lab.config.run import Setting
-from sophia.lab.config.search_space import Space
+from sophia.lab.config.search_space import Choice, Space
 from sophia.lab.support.errors import UsageError
+from sophia.step.groups import matrices_and_vectors
 
-__all__ = ["Contender", "Settings", "decayed_and_not", "state_bytes"]
+__all__ = [
+    "DECAYS",
+    "SIGN_DECAYS",
+    "WARMUPS",
+    "Contender",
+    "Settings",
+    "matrices_decayed",
+    "state_bytes",
+]
 
 Settings = Mapping[str, Setting]
+
+# What a search may vary alike for many contenders, so that none has the better choice.
+DECAYS = Choice((0.0, 0.03, 0.1, 0.2))
+SIGN_DECAYS = Choice((0.0, 0.1, 0.3, 1.0))
+"""Of optimizers whose lr is about a third of AdamW's: lr times decay is what shrinks the weights."""
+WARMUPS = Choice((0.05, 0.1, 0.2))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table."""
+    """An optimizer that the lab can compare: one file of this folder each, listed in ``table``."""
 
     name: str
     title: str
@@ -72,20 +87,17 @@ def state_bytes(optimizer: Optimizer) -> int:
     )
 
 
-def decayed_and_not(
+def matrices_decayed(
     model: nn.Module, settings: Settings, *, only: Callable[[str], bool] = lambda name: True
 ) -> list[dict[str, Any]]:
-    """Matrices with decay, the rest (biases, gains) without, in the order of the model.
+    """Parameter groups: matrices with the decay of the settings, vectors (biases, gains) without.
 
+    Of all parameters, or of those whose name ``only`` takes; in the order of the model, and no empty group.
     Without a setting of that name there is no decay to give.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and only(name)]
-    matrices = [p for _, p in named if p.ndim >= 2]
-    rest = [p for _, p in named if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in part if only(name)]} for part in matrices_and_vectors(model)
+    ]
     if "weight_decay" in settings:
-        groups = [
-            {**group, "weight_decay": decay}
-            for group, decay in zip(groups, (settings["weight_decay"], 0.0), strict=True)
-        ]
+        groups[0]["weight_decay"], groups[1]["weight_decay"] = settings["weight_decay"], 0.0
     return [group for group in groups if group["params"]]

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from sophia.lab.config.run import Setting
 from sophia.lab.config.search_space import WARMUP, LogRange, Space, read_kind
-from sophia.lab.optimizers.contender import Contender, Settings, decayed_and_not
+from sophia.lab.optimizers.contender import Contender, Settings, matrices_decayed
 from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.import_by_path import load_class
 
@@ -79,7 +79,7 @@ def _build(make: Callable[..., Any], path: str, model: nn.Module, settings: Sett
         if _takes_model(make):
             optimizer = make(model, **given)
         else:  # the groups carry the decay
-            groups = decayed_and_not(model, settings)
+            groups = matrices_decayed(model, settings)
             if "weight_decay" not in names:
                 given.pop("weight_decay", None)
             optimizer = make(groups, **given)

@@ -1,5 +1,5 @@
-"""Steps of another rule on Sophia's m and h: an optimizer whose averages are kept by a Sophia that stands
-still. AdaHessian's step is one, the ablations of Sophia's own step are others.
+"""Base class of optimizers that take another step with Sophia's m and h, which a Sophia with lr 0 keeps for
+them: AdaHessian's step is one, the ablations of Sophia's own step are others.
 """
 
 from __future__ import annotations
@@ -12,27 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sophia import Sophia
-from sophia.curvature import Estimate, Estimator, Hutchinson, PassContext
-from sophia.lab.optimizers.contender import decayed_and_not
+from sophia.curvature import Estimator
+from sophia.lab.optimizers.contender import matrices_decayed
 
-__all__ = ["BorrowedCurvature", "RootOfCurvature", "Squared"]
-
-
-class Squared(Estimator):
-    """The square of Hutchinson's estimate, whose average is AdaHessian's second moment."""
-
-    differentiates_twice = True
-
-    def __init__(self) -> None:
-        self._inner = Hutchinson()
-
-    def estimate(self, context: PassContext) -> Estimate:
-        """Return ``(u * (H u))^2``."""
-        found = self._inner.estimate(context)
-        return Estimate([None if d is None else d.square() for d in found.diagonal], found.count)
+__all__ = ["OnSophiaAverages"]
 
 
-class BorrowedCurvature(Optimizer):
+class OnSophiaAverages(Optimizer):
     """m and h are those of a Sophia with lr 0; what is done with them is a subclass's ``_directions``."""
 
     def __init__(
@@ -49,7 +35,7 @@ class BorrowedCurvature(Optimizer):
         update_every, fraction, seed).
         """
         self._sophia = Sophia(model, lr=0.0, betas=betas, weight_decay=0.0, estimator=estimator, **sophia)
-        super().__init__(decayed_and_not(model, {"weight_decay": weight_decay}), defaults)
+        super().__init__(matrices_decayed(model, {"weight_decay": weight_decay}), defaults)
         self.state = self._sophia.state
 
     def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
@@ -79,35 +65,3 @@ class BorrowedCurvature(Optimizer):
         """Load what `state_dict` gave."""
         self._sophia.load_state_dict(state_dict["sophia"])
         self.state = self._sophia.state
-
-
-class RootOfCurvature(BorrowedCurvature):
-    """Step m / (sqrt(v) + eps), v the average of squared Hutchinson estimates, both corrected for their bias.
-    No clip.
-
-    The step of AdaHessian (Yao et al., arXiv 2006.00719) without its averaging over blocks of coordinates,
-    and with an estimate every k steps.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        **passes: Any,
-    ) -> None:
-        """``passes`` (update_every, fraction, seed) are Sophia's."""
-        own = {"lr": lr, "eps": eps}
-        super().__init__(
-            model, estimator=Squared(), betas=betas, weight_decay=weight_decay, defaults=own, **passes
-        )
-
-    def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
-        books = self._sophia.param_groups[0]
-        beta1, beta2 = books["betas"]
-        m_share = 1 - beta1 ** books["step"]
-        v_share = 1 - beta2 ** books["refreshes"]
-        for m, v, group in moves:
-            yield (m / m_share).div_((v / v_share).sqrt_().add_(group["eps"]))
