@@ -16,7 +16,7 @@ from torch import nn
 import sophia
 from sophia import Sophia
 from sophia.doctor import as_text, check_installation, check_machine, check_training, example
-from sophia.doctor import check_installation as installation_module
+from sophia.doctor import installation as installation_module
 from sophia.doctor.command import main
 from sophia.doctor.findings import Finding
 from sophia.doctor.given_model import Subject

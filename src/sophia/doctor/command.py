@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 import sophia
-from sophia.doctor.check_installation import check_installation
-from sophia.doctor.check_machine import check_machine
-from sophia.doctor.check_training import check_training
 from sophia.doctor.findings import Finding, as_text
 from sophia.doctor.given_model import SubjectError, example, named, subject_named
+from sophia.doctor.installation import check_installation
+from sophia.doctor.machine import check_machine
+from sophia.doctor.trial_steps import check_training
 
 __all__ = ["main"]
 

