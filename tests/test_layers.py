@@ -2,7 +2,6 @@
 else.
 """
 
-import ast
 import json
 import subprocess
 import sys
@@ -11,93 +10,25 @@ from pathlib import Path
 import pytest
 
 import sophia
+from draw_imports import PICTURE, picture
+from layers import APART, LEVEL, SOURCE, files, imports, module_name, unit, units_imported
 
-SOURCE = Path(sophia.__file__).parent
-
-# Low to high. A unit (a file, or a folder with all that is in it) may import from lower lines and from
-# itself; never from its own line.
-LAYERS = [
-    # the library: mathematics, words for errors, who holds what
-    {
-        "sophia.update_rule",
-        "sophia.reference",
-        "sophia.checks",
-        "sophia.likelihoods",
-        "sophia.distributed",
-        "sophia.diagnostics",
-    },
-    # what h is; what a step does
-    {"sophia.curvature", "sophia.step"},
-    # when and from what h is refreshed; files of other Sophias
-    {"sophia.refresh", "sophia.checkpoints"},
-    {"sophia.optimizer"},
-    {"sophia"},
-    {"sophia.integrations", "sophia.doctor"},
-    # the lab: tools, then plain data
-    {"sophia.lab.support"},
-    {"sophia.lab.config"},
-    # text; contenders; what records establish
-    {"sophia.lab.data", "sophia.lab.optimizers", "sophia.lab.analysis"},
-    {"sophia.lab.models", "sophia.lab.report"},
-    {"sophia.lab.protocols", "sophia.lab.bench"},
-    {"sophia.lab.training", "sophia.lab.price"},
-    {"sophia.lab.forecast"},
-    {"sophia.lab.jobs"},
-    {"sophia.lab.experiments"},
-    {"sophia.lab.commands"},
-    {"sophia.lab.cli", "sophia.lab"},
-    {"sophia.__main__"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Beyond the order: the two halves of Sophia meet in the optimizer alone.
-APART = [("sophia.refresh", "sophia.step")]
 HOSTS = ("sophia.integrations", "sophia.lab")  # these may import frameworks
-
-
-def module_name(path):
-    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def unit(module):
-    """The entry of the list that a module belongs to: a file, or a package with all that is in it."""
-    parts = module.split(".")
-    return ".".join(parts[: 3 if parts[1:2] == ["lab"] else 2])
-
-
-def is_module(name):
-    path = SOURCE.parent.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-
-
-def imports(module, source, *, package=False):
-    """All modules that a source imports, at any depth (inside functions too)."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parts = parts[: len(parts) - node.level + package]
-                base = ".".join([*parts, *([base] if base else [])])
-            for alias in node.names:
-                inner = f"{base}.{alias.name}"
-                found.append(inner if base.split(".")[0] == "sophia" and is_module(inner) else base)
-    return found
 
 
 def arrows_upwards(module, source, *, package=False):
     """The imports of a module that do not point down."""
     own = unit(module)
-    targets = {
-        unit(name) for name in imports(module, source, package=package) if name.split(".")[0] == "sophia"
-    }
-    return sorted(t for t in targets if t != own and (LEVEL[t] >= LEVEL[own] or (own, t) in APART))
+    targets = units_imported(module, source, package=package)
+    return sorted(t for t in targets if LEVEL[t] >= LEVEL[own] or (own, t) in APART)
 
 
-FILES = sorted(SOURCE.rglob("*.py"))
+FILES = files()
+
+
+def test_the_sources_are_those_that_are_imported():
+    """An installed package beside the sources: the tests would run the one and read the other."""
+    assert Path(sophia.__file__).parent == SOURCE
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(SOURCE)) for p in FILES])
@@ -168,7 +99,14 @@ def test_importing_sophia_loads_torch_and_nothing_else():
     roots = {name.split(".")[0] for name in new}
     assert "sophia" in roots
     assert roots <= {"sophia", "torch"} | set(sys.stdlib_module_names)
-    heavy = ("torch._dynamo", "torch._inductor", "torch.testing", "torch.utils.tensorboard", "sophia.lab")
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.testing",
+        "torch.utils.tensorboard",
+        "sophia.lab",
+        "sophia.reference",
+    )
     assert not [name for name in new if name.startswith(heavy)]
 
 
@@ -181,3 +119,8 @@ def test_lab_loads_nothing_into_the_library():
         "from sophia import *; print(json.dumps(sorted(n for n in globals() if not n.startswith('_'))))"
     )
     assert set(fresh(code)) - {"json", "sys", "warnings"} == set(sophia.__all__) - {"__version__"}
+
+
+def test_the_picture_in_contributing_shows_these_imports():
+    """A picture of a house that is no longer this one."""
+    assert PICTURE.read_text() == picture(), "write: python scripts/draw_imports.py"

@@ -1,4 +1,8 @@
-"""``class Sophia``: books, parameter groups, refreshes. The mathematics is in ``update_rule.py``."""
+"""``class Sophia``: books, parameter groups, refreshes. The mathematics is in ``update_rule.py``.
+
+Over 350 lines because an optimizer of torch is one class: arguments and their documentation, the attached
+model, step, refresh, statistics, groups and state dict.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,102 @@
+"""Names and lengths of the files of the package, and the paths that CONTRIBUTING names."""
+
+import re
+from collections import defaultdict
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from layers import SOURCE, files
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 350
+
+SUBCOMMAND = "the subcommand of that name: its options in commands, its work in jobs"
+# A name that several files have, the one thing that it names in all of them, and the folders they lie in.
+REPEATED = {
+    "__init__.py": ("what its folder is", "*"),
+    "audit.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "compare.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "evaluate.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "pretrain.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "sweep.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "train.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
+    "claims.py": ("the paper's claims and what is seen of them", "lab/commands", "lab/experiments/framework"),
+    "experiment.py": (
+        "an experiment: to run one by name, or the one of its folder",
+        "lab/commands",
+        "lab/experiments/*",
+    ),
+    "figure.py": ("the picture of the experiment of its folder", "lab/experiments/*"),
+}
+
+
+def objections(paths, repeated):
+    """What is wrong with the names of files, given relative to the package."""
+    folders = defaultdict(list)
+    for path in paths:
+        folders[path.name].append(path.parent.as_posix())
+    found = []
+    for name, places in folders.items():
+        _, *allowed = repeated.get(name, ("",))
+        strangers = [place for place in places if not any(fnmatch(place, pattern) for pattern in allowed)]
+        if len(places) > 1 and strangers:
+            found.append(f"{name} in {', '.join(sorted(places))}")
+    return found + [f"{name} is not repeated" for name in repeated if len(folders[name]) < 2]
+
+
+def test_no_name_of_a_file_stands_for_two_things():
+    """A reader who looks for a file by its name and opens another: rename it, or say in the table what the
+    name means in both.
+    """
+    found = objections([path.relative_to(SOURCE) for path in files()], REPEATED)
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    ("paths", "found"),
+    [
+        (["step/noise.py", "lab/analysis/noise.py"], ["noise.py in lab/analysis, step"]),
+        (["step/plan.py", "plan.py"], ["plan.py in ., step"]),
+        (
+            ["lab/commands/audit.py", "lab/jobs/audit.py", "audit.py"],
+            ["audit.py in ., lab/commands, lab/jobs"],
+        ),
+        (["lab/commands/audit.py", "lab/jobs/audit.py"], []),
+        (["lab/commands/audit.py"], ["audit.py is not repeated"]),
+        (["step/noise.py", "lab/analysis/seed_noise.py"], []),
+    ],
+)
+def test_the_check_of_names_itself(paths, found):
+    """A check that overlooks a repetition would hold nothing."""
+    paths = [Path(path) for path in paths]
+    table = {"audit.py": REPEATED["audit.py"]} if any(path.name == "audit.py" for path in paths) else {}
+    assert objections(paths, table) == found
+
+
+def test_a_long_file_says_why():
+    """Files that grow until nobody reads them whole."""
+    for path in files():
+        lines = path.read_text().splitlines()
+        if len(lines) > LONGEST:
+            assert "Over 350 lines because" in " ".join(lines[:12]), (
+                f"{path.relative_to(SOURCE)} has {len(lines)} lines: split it along its idea, or write "
+                "'Over 350 lines because ...' at its top"
+            )
+
+
+def test_the_lab_is_folders():
+    """Modules side by side at the top of the lab, without an order among them."""
+    assert len(list((SOURCE / "lab").glob("*.py"))) < 6
+
+
+def test_contributing_names_files_that_exist():
+    """A newcomer sent to a file that has moved."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(
+        r"`((?:src|tests|docs|scripts|benchmarks|studies|results)/[\w/.-]*)`|\]\(([\w/.-]+)\)", text
+    )
+    paths = [a or b for a, b in named]
+    assert len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists()]
