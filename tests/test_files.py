@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from layers import SOURCE, files
+from sophia import update_rule
 
 ROOT = Path(__file__).parents[1]
+GLOSSARY = ROOT / "docs" / "glossary.md"
 LONGEST = 350
 
 SUBCOMMAND = "the subcommand of that name: its options in commands, its work in jobs"
@@ -100,3 +102,44 @@ def test_contributing_names_files_that_exist():
     paths = [a or b for a, b in named]
     assert len(paths) > 20
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_the_glossary_agrees_with_the_rule():
+    """A symbol that means one thing in the code and another on the page: the table of names in
+    ``update_rule.py`` is the truth.
+    """
+    rows = re.findall(
+        r"^    (\S+) {2,}(\S.*?) {2,}(\S.*?) {2,}(\S.*?)(?: {2,}\(.*\))?$", update_rule.__doc__, re.M
+    )
+    names = {
+        here: (paper, official) for here, paper, _, official in rows if here not in ("here", "---------")
+    }
+    assert len(names) == 11
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in GLOSSARY.read_text().splitlines()]
+    page = {row[0]: (row[3], row[4]) for row in cells if len(row) == 5}
+    for here, (paper, official) in names.items():
+        said = official.split(" (")[0].split("  ")[0]
+        assert page[here] == (paper, said), here
+
+
+def test_the_glossary_links_to_files_that_exist():
+    """A definition that has moved."""
+    links = re.findall(r"\]\(([^)#]+)\)", GLOSSARY.read_text())
+    assert len(links) > 40
+    assert not [link for link in links if not (GLOSSARY.parent / link).exists()]
+
+
+def test_texts_in_the_package_name_files_that_exist():
+    """A docstring that sends its reader to a file under an old name."""
+    known = {
+        path.name
+        for folder in ("src", "tests", "benchmarks", "studies", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    lost = {
+        f"{path.relative_to(SOURCE)}: {name}"
+        for path in files()
+        for name in re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", path.read_text())
+        if name not in known | {"prepare.py"}  # nanoGPT's
+    }
+    assert not lost

@@ -1,6 +1,6 @@
 """Who is summed with whom: the ranks of a training run, from its wrappers and from what the user said.
 
-The collectives themselves are in ``ranks.py``, the reading of wrappers in ``wrappers.py``.
+The collectives themselves are in ``collectives.py``, the reading of wrappers in ``wrappers.py``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Beyond the measured budgets the result is marked extrapolated.
 
 The interval of r holds every r for which the contrast `l - L(r D)` is not established to differ from zero
 (inversion of the test, as Fieller's): the noise of the curve is inside it, and r = 1 lies in it exactly
-when the loss interval holds 0. It needs no bootstrap: it is the interval of `noise.contrast`, with its
+when the loss interval holds 0. It needs no bootstrap: it is the interval of `seed_noise.contrast`, with its
 coverage, carried through a monotone curve.
 """
 

@@ -3,9 +3,9 @@
 `summarise` reads the records and returns rows (contender x budget) and, for each contender, a verdict
 against the baseline: the paired difference of end losses at the largest budget with its interval, the
 speed-up at equal loss in every cost, and the paper's own test (arXiv 2305.14342, section 3: the baseline's
-loss at half its budget). How the intervals are made stands in `noise.py` and `speedup.py`. Each contender's
-interval stands for itself: among ten contenders that all equal the baseline, one is expected to be called
-different at the 90% level.
+loss at half its budget). How the intervals are made stands in `seed_noise.py` and `speedup.py`. Each
+contender's interval stands for itself: among ten contenders that all equal the baseline, one is expected to
+be called different at the 90% level.
 """
 
 from __future__ import annotations
