@@ -14,16 +14,11 @@ ROOT = Path(__file__).parents[1]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 LONGEST = 350
 
-SUBCOMMAND = "the subcommand of that name: its options in commands, its work in jobs"
-# A name that several files have, the one thing that it names in all of them, and the folders they lie in.
+# Two folders with a file for each subcommand: its options, and its work.
+OF_SUBCOMMANDS = {"lab/commands", "lab/jobs"}
+# Another name that several files have, the one thing that it names in all of them, and where they lie.
 REPEATED = {
     "__init__.py": ("what its folder is", "*"),
-    "audit.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
-    "compare.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
-    "evaluate.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
-    "pretrain.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
-    "sweep.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
-    "train.py": (SUBCOMMAND, "lab/commands", "lab/jobs"),
     "claims.py": ("the paper's claims and what is seen of them", "lab/commands", "lab/experiments/framework"),
     "experiment.py": (
         "an experiment: to run one by name, or the one of its folder",
@@ -41,7 +36,7 @@ def objections(paths, repeated):
         folders[path.name].append(path.parent.as_posix())
     found = []
     for name, places in folders.items():
-        _, *allowed = repeated.get(name, ("",))
+        _, *allowed = repeated.get(name, ("a subcommand", *OF_SUBCOMMANDS))
         strangers = [place for place in places if not any(fnmatch(place, pattern) for pattern in allowed)]
         if len(places) > 1 and strangers:
             found.append(f"{name} in {', '.join(sorted(places))}")
@@ -61,19 +56,25 @@ def test_no_name_of_a_file_stands_for_two_things():
     [
         (["step/noise.py", "lab/analysis/noise.py"], ["noise.py in lab/analysis, step"]),
         (["step/plan.py", "plan.py"], ["plan.py in ., step"]),
+        (["lab/commands/audit.py", "lab/jobs/audit.py"], []),
         (
             ["lab/commands/audit.py", "lab/jobs/audit.py", "audit.py"],
             ["audit.py in ., lab/commands, lab/jobs"],
         ),
-        (["lab/commands/audit.py", "lab/jobs/audit.py"], []),
-        (["lab/commands/audit.py"], ["audit.py is not repeated"]),
+        (["lab/commands/audit.py", "lab/data/audit.py"], ["audit.py in lab/commands, lab/data"]),
+        (["lab/experiments/one/figure.py", "lab/experiments/two/figure.py"], []),
+        (
+            ["lab/experiments/one/figure.py", "lab/report/figure.py"],
+            ["figure.py in lab/experiments/one, lab/report"],
+        ),
+        (["lab/experiments/one/figure.py"], ["figure.py is not repeated"]),
         (["step/noise.py", "lab/analysis/seed_noise.py"], []),
     ],
 )
 def test_the_check_of_names_itself(paths, found):
     """A check that overlooks a repetition would hold nothing."""
     paths = [Path(path) for path in paths]
-    table = {"audit.py": REPEATED["audit.py"]} if any(path.name == "audit.py" for path in paths) else {}
+    table = {path.name: REPEATED[path.name] for path in paths if path.name in REPEATED}
     assert objections(paths, table) == found
 
 
