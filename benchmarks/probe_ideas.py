@@ -28,7 +28,7 @@ from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.models import build
 from sophia.lab.optimizers.pair import Pair
 from sophia.lab.protocols import protocol_file as protocol_files
-from sophia.step.kernels import own_rules
+from sophia.step import rules
 from sophia.update_rule import polar
 
 Made = tuple[torch.optim.Optimizer, Callable[[int, Tensor], None]]
@@ -172,7 +172,7 @@ def run(idea: str, protocol: Any, text: Any, ids: Any, seed: int, steps: int) ->
     contender, make, polar_of = IDEAS[idea]
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     config = protocol.run(contender, data=data, seed=seed, steps=steps, device="cpu")
-    with mock.patch.object(own_rules, "polar_of", polar_of or own_rules.polar_of):
+    with mock.patch.object(rules, "polar_of", polar_of or rules.polar_of):
         loss, seconds = trained(config, make, ids)
     settings = dict(config.optimizer.settings)
     row = {"idea": idea, "seed": seed, "steps": steps, "loss": loss, "cpu_seconds": seconds}

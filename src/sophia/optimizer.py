@@ -7,9 +7,8 @@ model, step, refresh, statistics, groups and state dict.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -20,24 +19,22 @@ from sophia.checks import SophiaWarning, check_fraction, check_gradient, check_o
 from sophia.curvature import Estimator, GaussNewtonBartlett, agreed_likelihood, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
-from sophia.distributed.shards import check_whole, first_element, local
+from sophia.distributed.shards import first_element, local
 from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refresher import Refresher, check_ownership, is_due, staleness
 from sophia.refresh.seeds import seed_for
-from sophia.step.dispatch import Work, current_gamma, sizes_of_whole_tensors, work_of
-from sophia.step.groups import RULES, check_group, decayed_and_not, translated_from_adamw
-from sophia.step.hidden_matrices import apart
+from sophia.step.dispatch import Work, current_gamma, work_of
+from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
+from sophia.step.hidden_matrices import groups_by_kind
 from sophia.step.kernels.average_curvature import average
 from sophia.step.rounding import key_of_parameter, moved
-from sophia.step.state import SIZE, add_what_is_missing, check_origin, restore_state
+from sophia.step.rules import PAPER, RULES
+from sophia.step.state import RMS, add_what_is_missing, check_origin, restore_state
+from sophia.step.whole_tensors import check_whole, rms_of_whole_tensors
 
 __all__ = ["Sophia"]
-
-# By whether the rule is the published one: its values are the paper's, the others' those of docs/research.md.
-_BETAS = {True: (0.96, 0.99), False: (0.9, 0.9)}
-_GAMMA = {True: 0.05, False: 0.2}
 
 
 class Sophia(torch.optim.Optimizer):
@@ -140,9 +137,10 @@ class Sophia(torch.optim.Optimizer):
         differentiable: bool = False,
     ) -> None:
         check_option("mode", mode, ("replay", "manual"))
-        check_option("rule", rule, RULES)
-        betas = _BETAS[rule == "paper"] if betas is None else betas
-        gamma = _GAMMA[rule == "paper"] if gamma is None else gamma
+        check_option("rule", rule, tuple(RULES))
+        by = RULES[rule]
+        betas = by.betas if betas is None else betas
+        gamma = by.gamma if gamma is None else gamma
         # Not float16: an h of 1e-8 would be zero in it.
         check_option("state_dtype", state_dtype, (torch.float32, torch.float64, torch.bfloat16))
         check_fraction(fraction)
@@ -161,13 +159,13 @@ class Sophia(torch.optim.Optimizer):
                     "model=model, ...). Without the model step() could "
                     "not refresh the Hessian; mode='manual' leaves that to you"
                 )
-        if rule != "paper":
+        if by.needs_model:
             if model is None:
                 raise ValueError(
                     f"rule={rule!r} tells hidden matrices from embeddings and the head by the model: pass "
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
-            params = apart(params, model, rule)
+            params = groups_by_kind(params, model, by)
         self.mode, self.fraction = mode, fraction
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
@@ -196,14 +194,8 @@ class Sophia(torch.optim.Optimizer):
             "fused": fused,
             "capturable": capturable,
             "differentiable": differentiable,
-            # The books of the refreshes live in the groups: there every checkpoint format carries them.
             "seed": seed,
-            "step": 0,
-            "joined": 0,
-            "refreshed": -1,
-            "refreshes": 0,
-            "skipped": 0,
-            "counted": 0.0,
+            **COUNTERS,
         }
         check_group(defaults, rounds=self._rounds)
         super().__init__(params, defaults)
@@ -245,7 +237,9 @@ class Sophia(torch.optim.Optimizer):
         (0.0006, 0.1)
         """
         if lr_ratio is None:
-            lr_ratio = 0.5 if settings.get("rule", "paper") == "paper" else 1.0
+            rule = settings.get("rule", "paper")
+            check_option("rule", rule, tuple(RULES))
+            lr_ratio = RULES[rule].lr_over_adamw
         groups, defaults = translated_from_adamw(source, lr_ratio)
         if groups is None:
             return cls(model, **{**defaults, **settings})
@@ -318,13 +312,12 @@ class Sophia(torch.optim.Optimizer):
         # Under torch.compile the arithmetic alone is in the graph: the books and the refresh change what a
         # graph would bake in. (And a dict with tensors as keys, which torch.optim's state is, is traced
         # wrongly: all parameters would have the state of one.)
-        for kernel, columns, settings, differentiable in self._prepared(torch.compiler.is_compiling()):
-            with torch.set_grad_enabled(differentiable):
-                # The noise of a step, the corrected gamma of our own rules: a graph would bake them in.
-                if "keys" in settings or "rule" in settings:
-                    _step_outside_of_graphs(kernel, columns, settings)
+        for work in self._prepared(torch.compiler.is_compiling()):
+            with torch.set_grad_enabled(work.differentiable):
+                if work.stays_out_of_graphs:
+                    _step_outside_of_graphs(work)
                 else:
-                    kernel.step(*columns, **settings)
+                    work.do()
         if self._joins:
             self._join_shards(first=False)
         return loss
@@ -373,7 +366,7 @@ class Sophia(torch.optim.Optimizer):
     @untraced
     def _join_shards(self, *, first: bool) -> None:
         with torch.no_grad():
-            sizes_of_whole_tensors(self.param_groups, self._state_of, first=first)
+            rms_of_whole_tensors(self.param_groups, self._state_of, first=first)
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step
@@ -526,8 +519,8 @@ class Sophia(torch.optim.Optimizer):
         ]
         books = self.param_groups[0]
         own, every = (
-            sum(p.numel() for g in self.param_groups for p in g["params"] if g["rule"] not in rules)
-            for rules in (("paper",), ())
+            sum(p.numel() for g in self.param_groups for p in g["params"] if RULES[g["rule"]] not in rules)
+            for rules in ((PAPER,), ())
         )
         return {
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
@@ -563,8 +556,9 @@ class Sophia(torch.optim.Optimizer):
 
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
-        if SIZE not in state and (not state or group["rule"] != "paper"):  # asked at every step
-            add_what_is_missing(state, parameter, group["rule"], self.state_dtype)
+        # Asked for every tensor at every step. A group may change its rule: then the rms may be missing.
+        if RMS not in state and (not state or RULES[group["rule"]] is not PAPER):
+            add_what_is_missing(state, parameter, RULES[group["rule"]], self.state_dtype)
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -650,8 +644,8 @@ class Sophia(torch.optim.Optimizer):
 
 
 @untraced
-def _step_outside_of_graphs(kernel: ModuleType, columns: tuple[Sequence[Tensor], ...], settings: Any) -> None:
-    kernel.step(*columns, **settings)
+def _step_outside_of_graphs(work: Work) -> None:
+    work.do()
 
 
 def _number(value: float | Tensor) -> float:

@@ -126,8 +126,7 @@ def sophia_step(
     (tensor([0.9500]), tensor([1.]))
     """
     m = average_gradient(m, g, beta1=beta1)
-    theta = theta - lr * weight_decay * theta
-    theta = theta - lr * clipped_direction(m, h, gamma=gamma, eps=eps)
+    theta = theta * (1 - lr * weight_decay) - lr * clipped_direction(m, h, gamma=gamma, eps=eps)
     return theta, m
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from reference import Given, array, give, noise_like, set_curvature
 from sophia import Sophia
 from sophia.step.hidden_matrices import hidden_matrices
-from sophia.step.kernels import own_rules
+from sophia.step.kernels import damped_blocks
+from sophia.step.rules import DAMPED, StepSettings
 from sophia.update_rule import corrected_gamma, damped_direction, polar, spectral_direction
 
 
@@ -333,9 +334,10 @@ def test_blocks_equal_the_rule_in_any_dense_layout():
         for tensor, scale in zip(pair, (1.0, 1e-3, 1e-3, 1e-2), strict=True):
             tensor.copy_(torch.randn(shape) * scale)
         settings = {"lr": 0.1, "beta1": 0.9, "gamma": 0.2, "eps": 1e-12, "damping": 0.5, "scale": 0.3}
-        rest = {"weight_decay": 0.1, "maximize": False, "rule": "damped", "started": 1.0}
+        given = StepSettings(DAMPED, **settings, weight_decay=0.1)
         fast = [[t.clone(memory_format=torch.preserve_format)] for t in pair]
-        own_rules.step(*fast, **settings, **rest, sizes=[torch.zeros(())])
+        assert damped_blocks.applies(*(column[0] for column in fast))
+        damped_blocks.step(*fast, given, sizes=[torch.zeros(())])
         p, g, m, h = (array(t) for t in pair)
         m = 0.9 * m + 0.1 * g
         p = p * (1 - 0.1 * 0.1) - 0.1 * 0.3 * damped(0.9 * m + 0.1 * g, h, 0.2, 0.5)

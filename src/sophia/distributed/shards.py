@@ -1,51 +1,24 @@
-"""Which part of a parameter this process holds.
+"""The local part of a sharded parameter (DTensor).
 
-Sophia is element-wise, so the update of a shard needs the shard alone: every kernel runs on plain
-local tensors. The damped rule needs one number of the whole tensor besides; the spectral one all of it.
+The published rule is element-wise, so the update of a shard needs the shard alone: kernels run on plain local
+tensors. What other rules must know of the whole tensor: ``step/whole_tensors.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_whole", "first_element", "is_dtensor", "laid_out_like", "local", "sums_over_shards"]
+__all__ = ["first_element", "is_dtensor", "laid_out_like", "local", "sums_over_shards"]
 
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether this is a ``torch.distributed.tensor.DTensor``, without importing that class."""
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
-
-
-def check_whole(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether this is a shard of a tensor that the group's rule must know something of.
-
-    Raises:
-        RuntimeError: the rule cannot work on it.
-    """
-    rule = group["rule"]
-    if rule == "paper":
-        return False
-    sharded = is_dtensor(parameter)
-    if getattr(parameter, "_fsdp_flattened", False):
-        shape = tuple(parameter.shape)
-        raise RuntimeError(
-            f"rule={rule!r} needs to know whole tensors, and FSDP1 has flattened this parameter (shape here "
-            f"{shape}). Use fully_shard (FSDP2) with rule='damped', or rule='paper', which is element-wise"
-        )
-    if sharded and (rule == "spectral" or group["differentiable"]):
-        what = (
-            "takes the singular values of whole matrices" if rule == "spectral" else "is not differentiable"
-        )
-        raise RuntimeError(
-            f"rule={rule!r} {what}, and this parameter of shape {tuple(parameter.shape)} is sharded. Use "
-            "rule='damped' or rule='paper', or DDP"
-        )
-    return sharded
 
 
 def sums_over_shards(parts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:

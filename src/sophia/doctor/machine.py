@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from sophia.doctor.findings import Finding
 from sophia.optimizer import Sophia
 from sophia.step import kernels
 from sophia.step.kernels import foreach, fused_cpu, single_tensor
+from sophia.step.rules import PAPER, StepSettings
 from sophia.update_rule import sophia_step
 
 __all__ = ["check_machine"]
@@ -31,7 +33,7 @@ WHY = {
     foreach: "few passes over lists of tensors",
     fused_cpu: "one pass over memory on a CPU",
 }
-SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
 
 
 def check_machine() -> list[Finding]:
@@ -124,7 +126,7 @@ def _choices() -> Iterator[Finding]:
         for dtype in (torch.float32, torch.bfloat16):
             state = torch.zeros(3, device=device)
             parameter = state.to(dtype)
-            path = kernels.choose(group, 1e-3, (parameter, parameter, state, state))
+            path = kernels.choose(PAPER, group, 1e-3, (parameter, parameter, state, state))
             name = f"{str(dtype).removeprefix('torch.')} on {device}"
             chosen[name] = PATHS[path]
             parts.append(f"{name}: {PATHS[path]} ({WHY[path]})")
@@ -141,7 +143,7 @@ def _numbers() -> Iterator[Finding]:
         if path is fused_cpu and fused_cpu.unavailable():
             continue
         row: list[list[Tensor]] = [[t.clone()] for t in (theta, grad, m, h)]
-        path.step(*row, **SETTINGS, maximize=False)
+        path.step(*row, StepSettings(PAPER, **SETTINGS))
         errors[name] = float((row[0][0].double() - expected).abs().max())
     bad = [name for name, error in errors.items() if not error < 1e-5]
     if bad:

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters are decayed, and whether a group's settings can be meant."""
+"""Parameter groups: decay, counters, checks of settings, groups from an AdamW."""
 
 from __future__ import annotations
 
@@ -11,17 +11,41 @@ from torch import Tensor, nn
 from sophia.checks import check_number, check_option
 from sophia.distributed.wrappers import full_ndims
 from sophia.step.kernels import fused_cpu
+from sophia.step.rules import RULES
 
 __all__ = [
-    "RULES",
+    "COUNTERS",
     "check_group",
+    "coming_step",
     "decayed_and_not",
     "matrices_and_vectors",
     "translated_from_adamw",
 ]
 
-RULES = ("paper", "damped", "spectral")
 Named = tuple[str, nn.Parameter]
+
+COUNTERS: Mapping[str, int | float] = {
+    # Steps taken. In all groups alike, also in one that was added later.
+    "step": 0,
+    # The value of "step" when the group was added: what started at zero then is corrected from there.
+    "joined": 0,
+    # The value of "step" at the last refresh of h; -1 if there was none.
+    "refreshed": -1,
+    # Refreshes that were averaged into h.
+    "refreshes": 0,
+    # Passes whose estimate was thrown away, with a warning.
+    "skipped": 0,
+    # B, the predictions counted in the last pass; in the first group alone.
+    "counted": 0.0,
+}
+"""The counters of the refreshes, by their first values. They live in ``param_groups``: there every format of
+checkpoints carries them.
+"""
+
+
+def coming_step(group: Mapping[str, Any]) -> int:
+    """The number of the step that is about to be taken, from 1 since the group joined."""
+    return int(group["step"] - group["joined"]) + 1
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -74,13 +98,13 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
     # With eps = 0 a coordinate whose m and h are both zero (an unseen token's embedding) would be 0 / 0.
     check_number("eps", group["eps"], above=0.0)
     check_number("weight_decay", group["weight_decay"], at_least=0.0)
-    check_option("rule", group["rule"], RULES)
+    check_option("rule", group["rule"], tuple(RULES))
     check_number("damping", group["damping"], at_least=0.0)
     check_number("scale", group["scale"], above=0.0)
-    if group["rule"] == "paper" and group["scale"] != 1.0:
+    if group["scale"] != 1.0 and not RULES[group["rule"]].needs_model:
         raise ValueError(
-            f"scale={group['scale']!r} with rule='paper': the published step is "
-            "lr clip(m / max(gamma h, eps), 1). Give the group another lr, or another rule"
+            f"scale={group['scale']!r} with rule={group['rule']!r}: that rule moves all kinds of tensors "
+            "by lr alone. Give the group another lr, or another rule"
         )
     every = group["update_every"]
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:

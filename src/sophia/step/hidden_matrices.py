@@ -1,4 +1,4 @@
-"""Which tensors of a model are hidden, and how far each kind moves under our own rules."""
+"""Tell hidden matrices from embeddings, head and vectors; groups by kind."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["apart", "hidden_matrices"]
+from sophia.step.rules import Rule
 
-# Steps in units of lr, of hidden tensors and of the rest. AdamW, tuned with a rate for each, chose 1 to 35,
-# and its best single rate lies between the two; the damped rule chose 1 to 40 at widths 96 to 384. The lr of
-# both rules is of the size of AdamW's (docs/research.md).
-_HIDDEN = {"damped": 0.1, "spectral": 0.2}
-_REST = {"damped": 4.0, "spectral": 1.0}
+__all__ = ["groups_by_kind", "hidden_matrices"]
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
@@ -25,14 +21,16 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     return {id(p) for p in _hidden(model) if p.ndim == 2}
 
 
-def apart(params: Iterable[Any], model: nn.Module, rule: str) -> list[dict[str, Any]]:
-    """Groups for one of our own rules. A group that names its rule stays as it is.
+def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[dict[str, Any]]:
+    """Groups for a rule that tells kinds of tensors apart. A group that names its rule stays as it is.
 
     Hidden matrices are moved by that rule; hidden tensors that are no matrices (kernels of convolutions,
-    stacked experts) by the damped one, as far as its hidden matrices; embeddings, head and vectors by the
-    damped one too, further.
+    stacked experts) by ``rule.otherwise``, as far as its hidden matrices; embeddings, head and vectors by it
+    too, further.
     """
     given = list(params)
+    other = rule.otherwise or rule
+    (hidden, rest), (of_other, _) = rule.kind_scales or (1.0, 1.0), other.kind_scales or (1.0, 1.0)
     hidden_dimensions = {id(p): p.ndim for p in _hidden(model)}
     groups = []
     for group in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
@@ -41,14 +39,14 @@ def apart(params: Iterable[Any], model: nn.Module, rule: str) -> list[dict[str, 
             continue
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         kinds: dict[tuple[str, float], list[Any]] = {
-            (rule, _HIDDEN[rule]): [],
-            ("damped", _HIDDEN["damped"]): [],
-            ("damped", _REST[rule]): [],
+            (rule.name, hidden): [],
+            (other.name, of_other): [],
+            (other.name, rest): [],
         }
         for member in members:
             dimensions = hidden_dimensions.get(id(member[1] if isinstance(member, tuple) else member))
-            by = rule if dimensions == 2 else "damped"
-            kinds[by, _REST[rule] if dimensions is None else _HIDDEN[by]].append(member)
+            by = rule if dimensions == 2 else other
+            kinds[by.name, rest if dimensions is None else hidden if by is rule else of_other].append(member)
         groups += [{**group, "params": some, "rule": r, "scale": s} for (r, s), some in kinds.items() if some]
         groups += [] if members else [dict(group)]  # torch has words for an empty group
     return groups

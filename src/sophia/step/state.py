@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sophia.distributed.shards import laid_out_like, local
+from sophia.step.rules import PAPER, Rule
 
-__all__ = ["SIZE", "add_what_is_missing", "check_origin", "restore_state"]
+__all__ = ["RMS", "add_what_is_missing", "check_origin", "restore_state"]
 
 _NAMES = ("exp_avg", "hessian")
-SIZE = "momentum_rms"
-"""Of a tensor under the damped rule: one number, see ``update_rule.usual_size``."""
+RMS = "momentum_rms"
+"""Of a tensor whose rule keeps it: one number, see ``update_rule.usual_size``."""
 
 _FOREIGN = (
     "whose second moment, if it has one, is not a curvature. Start Sophia afresh from the model's weights"
@@ -22,10 +23,10 @@ _FOREIGN = (
 
 
 def add_what_is_missing(
-    state: MutableMapping[str, Tensor], parameter: Tensor, rule: str, dtype: torch.dtype
+    state: MutableMapping[str, Tensor], parameter: Tensor, rule: Rule, dtype: torch.dtype
 ) -> None:
-    """Make the buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too); under the
-    damped rule the number ``SIZE`` too.
+    """Make the buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too); the
+    number ``RMS`` too where the rule keeps it.
 
     Float64 parameters have float64 state.
     """
@@ -33,8 +34,8 @@ def add_what_is_missing(
     for name in _NAMES:
         if name not in state:
             state[name] = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-    if SIZE not in state and (rule == "damped" or (rule == "spectral" and parameter.ndim != 2)):
-        state[SIZE] = _number(parameter, dtype)
+    if RMS not in state and rule.moving(parameter).keeps_rms:
+        state[RMS] = _number(parameter, dtype)
 
 
 def _number(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,16 +82,16 @@ def restore_state(
             continue
         _check(entries, number, parameter)
         restored: dict[str, Tensor] = {}
-        add_what_is_missing(restored, parameter, "paper", dtype)
+        add_what_is_missing(restored, parameter, PAPER, dtype)
         for name in _NAMES:
             local(restored[name]).copy_(laid_out_like(entries[name], parameter))
-        if SIZE in entries:
-            restored[SIZE] = _number(parameter, dtype).copy_(entries[SIZE])
+        if RMS in entries:
+            restored[RMS] = _number(parameter, dtype).copy_(entries[RMS])
         state[parameter] = restored
 
 
 def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
-    if set(entries) - {SIZE} != set(_NAMES):
+    if set(entries) - {RMS} != set(_NAMES):
         raise ValueError(
             f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
             f"{sorted(_NAMES)}: this is another optimizer's state, {_FOREIGN}"

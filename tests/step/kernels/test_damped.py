@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sophia.step.kernels import fused_cpu, own_rules
+from sophia.step.kernels import damped_blocks, fused_cpu, single_tensor
+from sophia.step.rules import DAMPED, StepSettings
 
 needs_it = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason=str(fused_cpu.unavailable()))
 
@@ -18,8 +19,6 @@ SETTINGS = {
     "gamma": 0.3,
     "eps": 1e-12,
     "weight_decay": 0.1,
-    "maximize": False,
-    "rule": "damped",
     "damping": 0.5,
     "scale": 0.4,
     "started": 0.19,
@@ -63,7 +62,7 @@ def numpy_step(p, g, m, h, size, *, maximize=False):
 
 
 @torch.no_grad()
-def check(step, dtype, kept, **settings):
+def check(step, dtype, kept, *, keys=None, **settings):
     """Two steps, the second with the size of the first and another gradient."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     made, sizes = columns(LENGTHS, dtype, kept), unknown(LENGTHS, wide)
@@ -73,7 +72,7 @@ def check(step, dtype, kept, **settings):
         rows = [[t.double().numpy() for t in row] for row in zip(*made, strict=True)]
         known = [float(size) for size in sizes]
         expected = [numpy_step(*row, size, maximize=maximize) for row, size in zip(rows, known, strict=True)]
-        step(*made, **{**SETTINGS, **settings, "sizes": sizes})
+        step(*made, StepSettings(DAMPED, **{**SETTINGS, **settings}), sizes=sizes, keys=keys)
         for p, m, size, (theta, mean, rms) in zip(made[0], made[2], sizes, expected, strict=True):
             np.testing.assert_allclose(p.double().numpy(), theta, rtol=near[dtype], atol=near[dtype] / 4)
             np.testing.assert_allclose(m.double().numpy(), mean, rtol=near[kept], atol=near[kept] / 4)
@@ -90,11 +89,10 @@ def test_equals_the_rule(dtype, kept, maximize):
     check(fused_cpu.step, dtype, kept, maximize=maximize, **noise)
 
 
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_the_paths_without_it_equal_the_rule(in_blocks):
+@pytest.mark.parametrize("path", [damped_blocks, single_tensor])
+def test_the_paths_without_it_equal_the_rule(path):
     """A run that goes on elsewhere, where no compiler was found, as another run."""
-    # A tensor lr takes the path that writes the rule down.
-    check(own_rules.step, torch.float32, torch.float32, lr=0.01 if in_blocks else torch.tensor(0.01))
+    check(path.step, torch.float32, torch.float32)
 
 
 @needs_it
@@ -109,7 +107,7 @@ def test_threads_cannot_be_seen(threads):
         try:
             made, sizes = columns(lengths), unknown(lengths)
             for _ in range(2):
-                fused_cpu.step(*made, **SETTINGS, sizes=sizes)
+                fused_cpu.step(*made, StepSettings(DAMPED, **SETTINGS), sizes=sizes)
             return [*made[0], *made[2], *sizes]
         finally:
             torch.set_num_threads(before)
@@ -117,27 +115,27 @@ def test_threads_cannot_be_seen(threads):
     assert all(torch.equal(a, b) for a, b in zip(stepped(1), stepped(threads), strict=True))
 
 
-@pytest.mark.parametrize("path", [pytest.param(fused_cpu, marks=needs_it), own_rules])
+@pytest.mark.parametrize("path", [pytest.param(fused_cpu, marks=needs_it), damped_blocks, single_tensor])
 def test_what_is_no_number_stays_none(path):
     """A floor that hides a NaN gradient would let the rest of the tensor go on with steps of full size."""
     for length in (10, 200_000):
         made, sizes = columns([length]), unknown([length])
         made[1][0][3] = float("nan")
-        path.step(*made, **SETTINGS, sizes=sizes)
-        path.step(*made, **SETTINGS, sizes=sizes)
+        path.step(*made, StepSettings(DAMPED, **SETTINGS), sizes=sizes)
+        path.step(*made, StepSettings(DAMPED, **SETTINGS), sizes=sizes)
         assert made[0][0].isnan().all()
 
 
-@pytest.mark.parametrize("path", [pytest.param(fused_cpu, marks=needs_it), own_rules])
+@pytest.mark.parametrize("path", [pytest.param(fused_cpu, marks=needs_it), damped_blocks, single_tensor])
 def test_after_steps_without_a_gradient_the_first_one_is_no_sign_step(path):
     """A size of zero taken for the floor: all of lr for every coordinate, however small its gradient."""
     made, sizes = columns([1000]), unknown([1000])
     gradient, made[2][0], made[3][0] = made[1][0], torch.zeros(1000), torch.zeros(1000)
     made[1][0] = torch.zeros(1000)
-    path.step(*made, **SETTINGS, sizes=sizes)
+    path.step(*made, StepSettings(DAMPED, **SETTINGS), sizes=sizes)
     assert float(sizes[0]) == 0
     before = made[0][0].clone()
     made[1][0] = gradient
-    path.step(*made, **{**SETTINGS, "weight_decay": 0.0}, sizes=sizes)
+    path.step(*made, StepSettings(DAMPED, **{**SETTINGS, "weight_decay": 0.0}), sizes=sizes)
     moved = (made[0][0] - before).abs() / (SETTINGS["lr"] * SETTINGS["scale"])
     assert 0.05 < float(moved.median()) < 0.95

@@ -7,6 +7,7 @@ import torch
 from reference import array, noise_like, paper_step
 from sophia.step.kernels import average_curvature, foreach, fused_cpu, single_tensor
 from sophia.step.rounding import key_of_parameter, store
+from sophia.step.rules import PAPER, StepSettings
 
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1, "maximize": False}
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -28,7 +29,8 @@ def columns(dtype, state, shapes=((70_000,), (300, 7), (), (0,), (33,))):
 
 def stepped(path, dtype, state, **changed):
     params, grads, ms, hs = columns(dtype, state)
-    path.step(params, grads, ms, hs, **{**SETTINGS, "keys": keys_of(len(params)), **changed})
+    keys = changed.pop("keys", keys_of(len(params)))
+    path.step(params, grads, ms, hs, StepSettings(PAPER, **{**SETTINGS, **changed}), keys=keys)
     return params, ms
 
 
@@ -119,7 +121,9 @@ def test_conversions_of_the_kernel_are_torchs(dtype, decay):
     found = everything.clone()
     zeros = torch.zeros(2**16)
     settings = {**SETTINGS, "lr": 1.0, "weight_decay": 1 - decay}
-    fused_cpu.step([found], [torch.zeros_like(found)], [zeros.clone()], [zeros], **settings)
+    fused_cpu.step(
+        [found], [torch.zeros_like(found)], [zeros.clone()], [zeros], StepSettings(PAPER, **settings)
+    )
     factor = torch.tensor(1 - (1 - decay)).float()
     expected = (everything.float() * factor).to(dtype)
     assert torch.equal(found.isnan(), expected.isnan())
@@ -140,7 +144,8 @@ def test_small_steps_of_a_bfloat16_parameter_are_not_lost(path):
         p, g = torch.ones(4096, dtype=BF16), torch.ones(4096, dtype=BF16)
         m, h = torch.zeros(4096), torch.zeros(4096)
         for step in range(100):
-            path.step([p], [g], [m], [h], **settings, keys=keys_of(1, step), stochastic=stochastic)
+            given = StepSettings(PAPER, **settings, stochastic=stochastic)
+            path.step([p], [g], [m], [h], given, keys=keys_of(1, step))
         assert low <= 1 - float(p.double().mean()) <= high
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from reference import Reference, array, noise_like
 from sophia.step.flat_views import is_dense
 from sophia.step.kernels import foreach, fused_cpu, single_tensor
+from sophia.step.rules import PAPER, StepSettings
 
 BLOCK = foreach._BLOCK
 
@@ -60,7 +61,9 @@ def run(kernel, tensors, *, steps=5, gradient=noise_like, **changed):
     params, ms, hs = columns(params)
     for step in range(steps):
         with torch.no_grad():
-            kernel.step(params, gradient(params, step), ms, hs, **{**SETTINGS, "maximize": False, **changed})
+            kernel.step(
+                params, gradient(params, step), ms, hs, StepSettings(PAPER, **{**SETTINGS, **changed})
+            )
     return params, ms
 
 
@@ -149,7 +152,7 @@ def test_a_coarse_tensor_lr_still_decays(dtype, lr_dtype):
     params = [torch.ones(3, dtype=dtype)]
     zeros = [torch.zeros_like(params[0])]
     settings = {**SETTINGS, "lr": lr, "weight_decay": 0.25}
-    foreach.step(params, zeros, [zeros[0].clone()], zeros, **settings, maximize=False)
+    foreach.step(params, zeros, [zeros[0].clone()], zeros, StepSettings(PAPER, **settings))
     torch.testing.assert_close(params[0], torch.full((3,), 1 - 2.0**-12, dtype=dtype), rtol=0, atol=0)
 
 
@@ -194,7 +197,7 @@ def test_gradients_and_curvature_are_only_read(kernel):
     watched = [*grads, *hs]
     before = [(t.clone(), t._version) for t in watched]
     for maximize in (False, True):
-        kernel.step(params, grads, ms, hs, **SETTINGS, maximize=maximize)
+        kernel.step(params, grads, ms, hs, StepSettings(PAPER, **SETTINGS, maximize=maximize))
     for tensor, (value, version) in zip(watched, before, strict=True):
         assert torch.equal(tensor, value)
         assert tensor._version == version
@@ -206,7 +209,7 @@ def test_neighbours_in_a_buffer_are_left_alone(kernel):
     buffer = torch.full((100,), 7.0)
     view = buffer[20:80].view(6, 10).t()
     params, ms, hs = columns([view])
-    kernel.step(params, noise_like(params, 0), ms, hs, **SETTINGS, maximize=False)
+    kernel.step(params, noise_like(params, 0), ms, hs, StepSettings(PAPER, **SETTINGS))
     assert torch.equal(buffer[:20], torch.full((20,), 7.0))
     assert torch.equal(buffer[80:], torch.full((20,), 7.0))
     assert (view != 7).all()
@@ -260,7 +263,7 @@ def test_what_the_path_takes(make, answer):
 
 def test_empty_list():
     """A group whose parameters all lack a gradient."""
-    foreach.step([], [], [], [], **SETTINGS, maximize=False)
+    foreach.step([], [], [], [], StepSettings(PAPER, **SETTINGS))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -10,10 +10,11 @@ from torch import nn
 
 from sophia import Sophia
 from sophia.step import kernels
-from sophia.step.kernels import foreach, fused_cpu, own_rules, single_tensor
+from sophia.step.kernels import damped_blocks, foreach, fused_cpu, single_tensor
+from sophia.step.rules import PAPER, RULES, StepSettings
 
 needs_it = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason=str(fused_cpu.unavailable()))
-SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1, "maximize": False}
+SETTINGS = StepSettings(PAPER, lr=0.01, beta1=0.9, gamma=0.05, eps=1e-12, weight_decay=0.1)
 
 
 def columns(sizes):
@@ -27,7 +28,7 @@ def stepped(kernel, sizes, threads=1):
     torch.set_num_threads(threads)
     try:
         made = columns(sizes)
-        kernel.step(*made, **SETTINGS)
+        kernel.step(*made, SETTINGS)
         return [*made[0], *made[2]]
     finally:
         torch.set_num_threads(before)
@@ -47,9 +48,9 @@ def test_a_fork_can_step(monkeypatch):
     """A pool of threads does not survive a fork; a child that waited for it would hang for ever."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # setting it would wake torch's own threads
     made = columns([200_000])
-    fused_cpu.step(*made, **SETTINGS)
+    fused_cpu.step(*made, SETTINGS)
     child = multiprocessing.get_context("fork").Process(
-        target=fused_cpu.step, args=made, kwargs=SETTINGS, daemon=True
+        target=fused_cpu.step, args=[*made, SETTINGS], daemon=True
     )
     child.start()
     child.join(timeout=30)
@@ -73,18 +74,26 @@ def test_autograd_learns_of_the_change():
 
 ROW = tuple(torch.zeros(3) for _ in range(4))
 LARGE_TURNED = tuple(torch.zeros(1, 2**21 // 8, 8).mT.expand(4, -1, -1))
-NONE = {"foreach": None, "fused": None, "differentiable": False, "rule": "paper"}
+NONE = {"foreach": None, "fused": None, "differentiable": False, "maximize": False, "rule": "paper"}
 CHOICES = [
     # settings, lr, tensors, path with the kernel, path without
     ({}, 0.1, ROW, fused_cpu, foreach),
-    ({"rule": "damped"}, 0.1, ROW, fused_cpu, own_rules),
-    ({"rule": "damped", "fused": False}, 0.1, ROW, own_rules, own_rules),
-    ({"rule": "damped", "differentiable": True}, 0.1, ROW, own_rules, own_rules),
-    ({"rule": "damped"}, torch.tensor(0.1), ROW, own_rules, own_rules),
-    ({"rule": "damped"}, 0.1, tuple(t.expand(2**21) for t in torch.zeros(4, 1)), own_rules, own_rules),
-    ({"rule": "damped"}, 0.1, LARGE_TURNED, fused_cpu, own_rules),
-    ({"rule": "spectral"}, 0.1, ROW, fused_cpu, own_rules),
-    ({"rule": "spectral"}, 0.1, tuple(torch.zeros(4, 3, 3)), own_rules, own_rules),
+    ({"rule": "damped"}, 0.1, ROW, fused_cpu, damped_blocks),
+    ({"rule": "damped", "fused": False}, 0.1, ROW, damped_blocks, damped_blocks),
+    ({"rule": "damped", "foreach": False}, 0.1, ROW, single_tensor, single_tensor),
+    ({"rule": "damped", "maximize": True}, 0.1, ROW, fused_cpu, single_tensor),
+    ({"rule": "damped", "differentiable": True}, 0.1, ROW, single_tensor, single_tensor),
+    ({"rule": "damped"}, torch.tensor(0.1), ROW, single_tensor, single_tensor),
+    (
+        {"rule": "damped"},
+        0.1,
+        tuple(t.expand(2**21) for t in torch.zeros(4, 1)),
+        single_tensor,
+        single_tensor,
+    ),
+    ({"rule": "damped"}, 0.1, LARGE_TURNED, fused_cpu, damped_blocks),
+    ({"rule": "spectral"}, 0.1, ROW, fused_cpu, damped_blocks),
+    ({"rule": "spectral"}, 0.1, tuple(torch.zeros(4, 3, 3)), single_tensor, single_tensor),
     ({"fused": True}, 0.1, ROW, fused_cpu, foreach),
     ({"fused": False}, 0.1, ROW, foreach, foreach),
     ({"foreach": True}, 0.1, ROW, foreach, foreach),
@@ -105,10 +114,12 @@ CHOICES = [
 @pytest.mark.parametrize(("changed", "lr", "row", "path", "without"), CHOICES)
 def test_choice_of_the_path(monkeypatch, changed, lr, row, path, without):
     """An explicit True or False that is ignored, or a path given tensors it would walk through wrongly."""
+    group = {**NONE, **changed}
+    rule = RULES[group["rule"]].moving(row[0])
     if fused_cpu.unavailable() is None:
-        assert kernels.choose({**NONE, **changed}, lr, row) is path
+        assert kernels.choose(rule, group, lr, row) is path
     monkeypatch.setattr(fused_cpu, "unavailable", lambda: "not here")
-    assert kernels.choose({**NONE, **changed}, lr, row) is without
+    assert kernels.choose(rule, group, lr, row) is without
 
 
 def test_without_the_kernel_fused_true_says_why(monkeypatch):

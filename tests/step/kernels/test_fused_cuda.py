@@ -14,6 +14,7 @@ from test_foreach import SETTINGS, SHAPES, check, columns, filled
 from reference import array, noise_like
 from sophia import Sophia, SophiaWarning
 from sophia.step.kernels import choose, foreach, fused_cpu, fused_cuda, single_tensor
+from sophia.step.rules import PAPER, StepSettings
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -71,8 +72,8 @@ def test_tensor_lr(interpreted):
     params, ms, hs = columns(make(torch.float32))
     other = [t.clone() for t in params], [t.clone() for t in ms]
     grads = noise_like(params, 0)
-    fused_cuda.step(params, grads, ms, hs, **{**SETTINGS, "lr": lr}, maximize=False)
-    single_tensor.step(other[0], grads, other[1], hs, **{**SETTINGS, "lr": 0.5}, maximize=False)
+    fused_cuda.step(params, grads, ms, hs, StepSettings(PAPER, **{**SETTINGS, "lr": lr}))
+    single_tensor.step(other[0], grads, other[1], hs, StepSettings(PAPER, **{**SETTINGS, "lr": 0.5}))
     for a, b in zip(params, other[0], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=6e-7)
 
@@ -87,8 +88,8 @@ def test_half_precision_parameters(interpreted, dtype, gradient):
     params = [p.to(dtype) for p in params]
     grads = [g.to(gradient) for g in noise_like(ms, 0)]
     other = [t.clone() for t in params], [t.clone() for t in ms]
-    fused_cuda.step(params, grads, ms, hs, **SETTINGS, maximize=False)
-    single_tensor.step(other[0], grads, other[1], hs, **SETTINGS, maximize=False)
+    fused_cuda.step(params, grads, ms, hs, StepSettings(PAPER, **SETTINGS))
+    single_tensor.step(other[0], grads, other[1], hs, StepSettings(PAPER, **SETTINGS))
     for p, q, m, n in zip(params, other[0], ms, other[1], strict=True):
         torch.testing.assert_close(p, q, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         torch.testing.assert_close(m, n, rtol=2e-6, atol=1e-7)
@@ -100,8 +101,8 @@ def test_stochastic_rounding_takes_the_foreach_path():
     for kernel in (fused_cuda, foreach):
         params = [torch.ones(300, dtype=torch.bfloat16)]
         grads, ms, hs = [torch.ones_like(params[0])], [torch.zeros(300)], [torch.zeros(300)]
-        more = {"keys": [7], "stochastic": True}
-        kernel.step(params, grads, ms, hs, **{**SETTINGS, "lr": 1e-3}, maximize=False, **more)
+        settings = StepSettings(PAPER, **{**SETTINGS, "lr": 1e-3}, stochastic=True)
+        kernel.step(params, grads, ms, hs, settings, keys=[7])
         results.append(params[0])
     assert torch.equal(*results)
     assert (results[0] != 1).any()
@@ -112,7 +113,7 @@ def test_types_may_differ_in_a_list(interpreted):
     params = [torch.ones(70), torch.ones(70, dtype=torch.bfloat16)]
     grads = [torch.full_like(p, 0.5) for p in params]
     ms, hs = ([torch.zeros(70) for _ in params] for _ in range(2))
-    fused_cuda.step(params, grads, ms, hs, **{**SETTINGS, "weight_decay": 0.0}, maximize=False)
+    fused_cuda.step(params, grads, ms, hs, StepSettings(PAPER, **{**SETTINGS, "weight_decay": 0.0}))
     for p in params:
         torch.testing.assert_close(p.float(), torch.full((70,), 0.99), rtol=0.01, atol=0)
 
@@ -124,8 +125,8 @@ def test_a_bad_gradient_shows_and_stays_in_its_coordinate(interpreted, value):
     grads = noise_like(params, 0)
     grads[1][5] = value
     other = [t.clone() for t in params], [t.clone() for t in ms]
-    fused_cuda.step(params, grads, ms, hs, **SETTINGS, maximize=False)
-    single_tensor.step(other[0], grads, other[1], hs, **SETTINGS, maximize=False)
+    fused_cuda.step(params, grads, ms, hs, StepSettings(PAPER, **SETTINGS))
+    single_tensor.step(other[0], grads, other[1], hs, StepSettings(PAPER, **SETTINGS))
     for a, b in zip(params, other[0], strict=True):
         np.testing.assert_allclose(array(a), array(b), rtol=2e-6, atol=6e-7)
 
@@ -136,7 +137,7 @@ def test_gradients_and_curvature_are_only_read_and_changes_are_told(interpreted)
     grads = noise_like(params, 3)
     before = [(t.clone(), t._version) for t in [*grads, *hs]]
     versions = [t._version for t in [*params, *ms]]
-    fused_cuda.step(params, grads, ms, hs, **SETTINGS, maximize=False)
+    fused_cuda.step(params, grads, ms, hs, StepSettings(PAPER, **SETTINGS))
     for tensor, (value, version) in zip([*grads, *hs], before, strict=True):
         assert torch.equal(tensor, value)
         assert tensor._version == version
@@ -144,24 +145,24 @@ def test_gradients_and_curvature_are_only_read_and_changes_are_told(interpreted)
 
 
 def group(**changed):
-    return {"rule": "paper", "differentiable": False, "foreach": None, "fused": True, **changed}
+    return {"differentiable": False, "foreach": None, "fused": True, "maximize": False, **changed}
 
 
 def test_what_is_chosen_where(monkeypatch):
     """On CPU tensors never; on a GPU when asked for, where it works and can read lr."""
     cpu = tuple(torch.ones(3) for _ in range(4))
-    assert choose(group(), 0.1, cpu) is not fused_cuda
+    assert choose(PAPER, group(), 0.1, cpu) is not fused_cuda
     monkeypatch.setattr(fused_cuda, "applies", lambda *row: True)
     monkeypatch.setattr(fused_cuda, "_answers", {torch.device("cpu"): None})
     monkeypatch.setattr(fused_cpu, "applies", lambda *row: False)
     rows = tuple(torch.ones(3) for _ in range(4))
-    assert choose(group(), 0.1, rows) is fused_cuda
-    assert choose(group(), torch.tensor(0.1), rows) is fused_cuda
-    assert choose(group(), torch.ones((), device="meta"), rows) is foreach
-    assert choose(group(fused=None), 0.1, rows) is foreach
-    assert choose(group(differentiable=True), 0.1, rows) is single_tensor
+    assert choose(PAPER, group(), 0.1, rows) is fused_cuda
+    assert choose(PAPER, group(), torch.tensor(0.1), rows) is fused_cuda
+    assert choose(PAPER, group(), torch.ones((), device="meta"), rows) is foreach
+    assert choose(PAPER, group(fused=None), 0.1, rows) is foreach
+    assert choose(PAPER, group(differentiable=True), 0.1, rows) is single_tensor
     monkeypatch.setattr(fused_cuda, "_answers", {torch.device("cpu"): "broken"})
-    assert choose(group(), 0.1, rows) is foreach
+    assert choose(PAPER, group(), 0.1, rows) is foreach
 
 
 @pytest.mark.parametrize("broken", ["missing", "raises", "wrong"])
@@ -172,10 +173,10 @@ def test_where_it_does_not_work_a_warning_says_why(monkeypatch, broken):
     spec = None if broken == "missing" else object()
     monkeypatch.setattr(fused_cuda.importlib.util, "find_spec", lambda name: spec)
 
-    def step(params, *rest, **settings):
+    def step(params, grads, exp_avgs, hessians, settings):
         if broken == "raises":
             raise OSError("no such driver")
-        foreach.step(params, *rest, **{**settings, "lr": 0.02})
+        foreach.step(params, grads, exp_avgs, hessians, settings._replace(lr=0.02))
 
     monkeypatch.setattr(fused_cuda, "step", step)
     said = {"missing": "not installed", "raises": "no such driver", "wrong": "off by"}[broken]

@@ -6,6 +6,7 @@ import torch
 
 from reference import Reference, array, noise_like
 from sophia.step.kernels import single_tensor
+from sophia.step.rules import PAPER, StepSettings
 from sophia.update_rule import sophia_step
 
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
@@ -15,7 +16,7 @@ def test_it_is_the_rule_bit_for_bit():
     """The path that the faster ones are held to drifting away from the printed equation."""
     theta, g, m, h = (torch.randn(50) for _ in range(4))
     new_theta, new_m = sophia_step(theta, g, m, h, **SETTINGS)
-    single_tensor.step([theta], [g], [m], [h], **SETTINGS, maximize=False)
+    single_tensor.step([theta], [g], [m], [h], StepSettings(PAPER, **SETTINGS))
     assert torch.equal(theta, new_theta)
     assert torch.equal(m, new_m)
 
@@ -30,7 +31,7 @@ def test_arithmetic_in_the_precision_of_the_state(dtype, state):
         reference = Reference([p], **SETTINGS)
         reference.ms, reference.hs = [array(m)], [array(h)]
         grad = noise_like([p], step)
-        single_tensor.step([p], grad, [m], [h], **SETTINGS, maximize=False)
+        single_tensor.step([p], grad, [m], [h], StepSettings(PAPER, **SETTINGS))
         reference.step(grad)
         assert p.dtype == dtype
         assert m.dtype == state
@@ -43,12 +44,12 @@ def test_arithmetic_in_the_precision_of_the_state(dtype, state):
 def test_float16_at_zero_gradient_and_tiny_curvature():
     """An eps or an h of 1e-12 that underflows in float16 gives 0 / 0."""
     p, m, h = torch.ones(3, dtype=torch.float16), torch.zeros(3), torch.tensor([0.0, 1e-11, 1.0])
-    single_tensor.step([p], [torch.zeros_like(p)], [m], [h], **SETTINGS, maximize=False)
+    single_tensor.step([p], [torch.zeros_like(p)], [m], [h], StepSettings(PAPER, **SETTINGS))
     assert p.isfinite().all()
     # m = 1e-4; gamma h = 0, 5e-13 and .05: only the last coordinate is not clipped
     settings = {**SETTINGS, "weight_decay": 0.0}
     before = p.float()
-    single_tensor.step([p], [torch.full_like(p, 1e-3)], [m], [h], **settings, maximize=False)
+    single_tensor.step([p], [torch.full_like(p, 1e-3)], [m], [h], StepSettings(PAPER, **settings))
     np.testing.assert_allclose(before - p.float(), [0.01, 0.01, 0.01 * 1e-4 / 0.05], atol=6e-4)
 
 
@@ -62,7 +63,7 @@ def test_gradient_of_another_layout(layout):
         "strided": torch.randn(8, 12)[::2, ::2],
     }[layout]
     expected, _ = sophia_step(p, grad.contiguous(), m, h, **SETTINGS)
-    single_tensor.step([p], [grad], [m], [h], **SETTINGS, maximize=False)
+    single_tensor.step([p], [grad], [m], [h], StepSettings(PAPER, **SETTINGS))
     assert torch.equal(p, expected)
 
 
@@ -74,7 +75,7 @@ def test_gradient_flows_through_a_step():
     theta, m = start.clone(), torch.zeros(2, dtype=torch.float64)
     h = torch.tensor([40.0, 1.0], dtype=torch.float64)  # m = 1; gamma h = 2 and .05
     settings = {"beta1": 0.5, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.2}
-    single_tensor.step([theta], [grad], [m], [h], lr=lr, **settings, maximize=False)
+    single_tensor.step([theta], [grad], [m], [h], StepSettings(PAPER, lr=lr, **settings))
     theta.sum().backward()
     torch.testing.assert_close(start.grad, torch.full_like(start, 1 - 0.1 * 0.2))
     torch.testing.assert_close(grad.grad, torch.tensor([-0.1 * 0.5 / 2, 0.0], dtype=torch.float64))

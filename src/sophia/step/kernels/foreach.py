@@ -1,4 +1,4 @@
-"""The rule over lists of tensors, with the fewest passes over memory.
+"""The published rule over lists of tensors, with the fewest passes over memory.
 
 For d > 0,  clip(m / d, 1) = m / max(d, |m|) :  one division less to store and no clamp afterwards. A step is
 
@@ -27,8 +27,12 @@ from torch import Tensor
 
 from sophia.step.flat_views import flat, is_dense
 from sophia.step.rounding import moved, store
+from sophia.step.rules import PAPER, StepSettings
 
-__all__ = ["applies", "in_step", "step"]
+__all__ = ["IMPLEMENTED", "applies", "in_step", "step"]
+
+IMPLEMENTED = (PAPER,)
+"""Rules that this path knows."""
 
 _KINDS = (torch.nn.Parameter, Tensor)  # a subclass may mean something else by its memory
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,44 +75,40 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     hessians: Sequence[Tensor],
+    settings: StepSettings,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    gamma: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    sizes: Sequence[Tensor] | None = None,
     keys: Sequence[int] | None = None,
-    stochastic: bool = False,
 ) -> None:
     """As ``single_tensor.step``; all tensors of one device and one pair of dtypes, and such that ``applies``
     holds.
     """
+    s = settings
     for p, g, m, h, noise in _pieces(params, grads, exp_avgs, hessians, keys):
         wide = torch.promote_types(torch.promote_types(p[0].dtype, m[0].dtype), torch.float32)
         theta, mean, g = _widened(p, wide), _widened(m, wide), _widened(g, wide)
-        if maximize:
+        if s.maximize:
             g = list(torch._foreach_neg(g))
-        torch._foreach_lerp_(mean, g, 1 - beta1)
-        d = torch._foreach_mul(_widened(h, wide), gamma)
-        torch._foreach_clamp_min_(d, eps)
+        torch._foreach_lerp_(mean, g, 1 - s.beta1)
+        d = torch._foreach_mul(_widened(h, wide), s.gamma)
+        torch._foreach_clamp_min_(d, s.eps)
         torch._foreach_maximum_(d, torch._foreach_abs(mean))
-        if isinstance(lr, Tensor):
+        if isinstance(s.lr, Tensor):
             # A tensor lr stays a tensor (no synchronisation), at the price of one more pass. In its own half
             # precision 1 - lr wd would be 1: no decay.
-            rate = lr.to(p[0].device, torch.promote_types(lr.dtype, wide))
-            torch._foreach_mul_(theta, 1 - rate * weight_decay)
+            rate = s.lr.to(p[0].device, torch.promote_types(s.lr.dtype, wide))
+            torch._foreach_mul_(theta, 1 - rate * s.weight_decay)
             direction = torch._foreach_div(mean, d)
             torch._foreach_mul_(direction, rate)
             torch._foreach_sub_(theta, direction)
         else:
-            if weight_decay != 0:
-                torch._foreach_mul_(theta, 1 - lr * weight_decay)
-            torch._foreach_addcdiv_(theta, mean, d, value=-lr)
+            if s.weight_decay != 0:
+                torch._foreach_mul_(theta, 1 - s.lr * s.weight_decay)
+            torch._foreach_addcdiv_(theta, mean, d, value=-s.lr)
         if mean is not m:
             _stored(m, mean, noise)
         if theta is not p:
-            _stored(p, theta, noise if stochastic else None, upper=True)
+            _stored(p, theta, noise if s.stochastic else None, upper=True)
 
 
 def _widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

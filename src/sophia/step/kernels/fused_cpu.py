@@ -23,8 +23,12 @@ from torch import Tensor
 from sophia.step.flat_views import is_dense
 from sophia.step.kernels import foreach
 from sophia.step.rounding import moved
+from sophia.step.rules import DAMPED, PAPER, StepSettings
 
-__all__ = ["applies", "average", "averages", "step", "unavailable"]
+__all__ = ["IMPLEMENTED", "applies", "average", "averages", "step", "unavailable"]
+
+IMPLEMENTED = (PAPER, DAMPED)
+"""Rules that this path knows."""
 
 _VERSION = 4  # of the interface, as in fused_cpu.c
 _LEAST = 2**15  # elements that are worth a thread of their own
@@ -46,7 +50,7 @@ _LOOPS = {
 }
 
 
-class _Settings(ctypes.Structure):
+class _Numbers(ctypes.Structure):
     """The numbers of a step, as the library has them."""
 
     _fields_ = tuple(
@@ -103,22 +107,12 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     hessians: Sequence[Tensor],
+    settings: StepSettings,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    gamma: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    keys: Sequence[int] | None = None,
-    stochastic: bool = False,
-    rule: str = "paper",
-    damping: float = 0.0,
-    scale: float = 1.0,
-    started: float = 1.0,
     sizes: Sequence[Tensor] | None = None,
+    keys: Sequence[int] | None = None,
 ) -> None:
-    """As ``single_tensor.step``, or as ``variants.step`` by its damped rule where ``rule`` is not "paper".
+    """As ``single_tensor.step``, for the rules of ``IMPLEMENTED``.
 
     All tensors are of one pair of dtypes, and ``applies`` holds. State in bfloat16 needs ``keys``: this path
     has no rounding to nearest for it.
@@ -128,21 +122,22 @@ def step(
     library = _library()
     assert not isinstance(library, str), library
     dtype, kept = params[0].dtype, exp_avgs[0].dtype
-    loop = _LOOPS[dtype, kept, stochastic and dtype == _BF16]
-    assert keys is not None or (kept != _BF16 and not stochastic), "stochastic rounding needs keys"
-    rate, of_gradient = float(lr), beta1 - 1 if maximize else 1 - beta1
-    settings = _Settings(
-        beta1,
+    s = settings
+    loop = _LOOPS[dtype, kept, s.stochastic and dtype == _BF16]
+    assert keys is not None or (kept != _BF16 and not s.stochastic), "stochastic rounding needs keys"
+    rate, of_gradient = float(s.lr), s.beta1 - 1 if s.maximize else 1 - s.beta1
+    numbers = _Numbers(
+        s.beta1,
         of_gradient,
-        rate * scale,
-        1 - rate * weight_decay,
-        gamma,
-        eps,
-        0.0 if rule == "paper" else of_gradient,
-        damping,
-        started,
+        rate * s.scale,
+        1 - rate * s.weight_decay,
+        s.gamma,
+        s.eps,
+        of_gradient if s.rule.looks_ahead else 0.0,
+        s.damping,
+        s.started,
     )
-    where = ctypes.addressof(settings)
+    where = ctypes.addressof(numbers)
     lengths = array("q", [p.numel() for p in params])
     # Addresses are taken anew each step: gradients move when they are set to None.
     table = [_addresses(column) for column in (params, grads, exp_avgs, hessians)]

@@ -1,4 +1,5 @@
-"""The rule in one launch over all tensors of a GPU: a Triton kernel that reads a table of addresses.
+"""The published rule in one launch over all tensors of a GPU, by a Triton kernel that reads a table of
+addresses.
 
 Six words a coordinate move where the foreach path moves fourteen. Nothing waits for the device, and a tensor
 lr is read there, so a step can be captured in a CUDA graph. It is taken with ``fused=True`` alone: the kernel
@@ -22,8 +23,12 @@ from torch import Tensor
 
 from sophia.checks import SophiaWarning
 from sophia.step.kernels import foreach
+from sophia.step.rules import PAPER, StepSettings
 
-__all__ = ["applies", "step", "unavailable"]
+__all__ = ["IMPLEMENTED", "applies", "step", "unavailable"]
+
+IMPLEMENTED = (PAPER,)
+"""Rules that this path knows."""
 
 _BLOCK = 1024
 _PARAMS = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,12 +71,12 @@ def _try_out(device: torch.device) -> str | None:
     made = torch.Generator().manual_seed(0)
     columns = [[torch.randn(n, generator=made).to(device) for n in (3, 2 * _BLOCK + 1)] for _ in range(4)]
     columns[3] = [h.pow(3) for h in columns[3]]
-    settings = {"beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1, "maximize": False}
+    settings = StepSettings(PAPER, lr=0.01, beta1=0.9, gamma=0.05, eps=1e-12, weight_decay=0.1)
     results = []
     for kernel in (foreach.step, step):
         params, grads, exp_avgs, hessians = ([t.clone() for t in column] for column in columns)
         try:
-            kernel(params, grads, exp_avgs, hessians, lr=0.01, **settings)  # type: ignore[arg-type]
+            kernel(params, grads, exp_avgs, hessians, settings)
         except Exception as error:  # whatever a compiler or driver throws, training must go on
             return f"it failed ({type(error).__name__}: {error})"
         results.append(torch.cat([*params, *exp_avgs]))
@@ -84,35 +89,18 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     hessians: Sequence[Tensor],
+    settings: StepSettings,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    gamma: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    sizes: Sequence[Tensor] | None = None,
     keys: Sequence[int] | None = None,
-    stochastic: bool = False,
 ) -> None:
     """As ``single_tensor.step``; all tensors of one device such that ``applies`` holds, and a tensor lr there
     too. It rounds to nearest alone: with ``stochastic`` the foreach path is taken.
     """
-    if stochastic:
-        foreach.step(
-            params,
-            grads,
-            exp_avgs,
-            hessians,
-            lr=lr,
-            beta1=beta1,
-            gamma=gamma,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            keys=keys,
-            stochastic=True,
-        )
+    if settings.stochastic:
+        foreach.step(params, grads, exp_avgs, hessians, settings, keys=keys)
         return
+    s = settings
     rows: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for row in zip(params, grads, exp_avgs, hessians, strict=True):
         if row[0].numel():
@@ -121,23 +109,23 @@ def step(
     for (param, grad), columns in rows.items():
         device = columns[0][0].device
         addresses = [t.data_ptr() for column in zip(*columns, strict=True) for t in column]
-        sizes = [row[0].numel() for row in columns]
-        blocks = [-(-size // _BLOCK) for size in sizes]
+        counts = [row[0].numel() for row in columns]
+        blocks = [-(-count // _BLOCK) for count in counts]
         firsts = [0, *accumulate(blocks)][:-1]
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[(sum(blocks),)](
-                _table([*addresses, *sizes, *firsts], device),
+                _table([*addresses, *counts, *firsts], device),
                 len(columns),
-                lr,
-                0.0 if isinstance(lr, Tensor) else 1 - lr * weight_decay,
-                1 - beta1,
-                gamma,
-                eps,
-                weight_decay,
+                s.lr,
+                0.0 if isinstance(s.lr, Tensor) else 1 - s.lr * s.weight_decay,
+                1 - s.beta1,
+                s.gamma,
+                s.eps,
+                s.weight_decay,
                 PARAM=types[param],
                 GRAD=types[grad],
-                LR_IS_ADDRESS=isinstance(lr, Tensor),
-                MAXIMIZE=maximize,
+                LR_IS_ADDRESS=isinstance(s.lr, Tensor),
+                MAXIMIZE=s.maximize,
                 HALVINGS=len(columns).bit_length(),
                 ALIGNED=all(address % 16 == 0 for address in addresses),
                 BLOCK=_BLOCK,

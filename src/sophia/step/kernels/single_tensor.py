@@ -1,7 +1,7 @@
-"""The plain path: one tensor after another, by calling the rule itself.
+"""The plain path: one tensor after another, by the direction of any rule.
 
 It is the truth for the faster paths and takes what they do not: odd strides, unusual pairs of dtypes,
-differentiable steps.
+differentiable steps, rules that no other path knows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sophia.step.rounding import store
-from sophia.update_rule import sophia_step
+from sophia.step.rules import StepSettings
+from sophia.update_rule import average_gradient, look_ahead, rms, usual_size
 
 __all__ = ["step"]
 
@@ -22,17 +23,12 @@ def step(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     hessians: Sequence[Tensor],
+    settings: StepSettings,
     *,
-    lr: float | Tensor,
-    beta1: float,
-    gamma: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    sizes: Sequence[Tensor] | None = None,
     keys: Sequence[int] | None = None,
-    stochastic: bool = False,
 ) -> None:
-    """Change ``params`` and ``exp_avgs`` in place by one step; the gradients and ``hessians`` are read only.
+    """Change ``params``, ``exp_avgs`` and ``sizes`` in place by one step; the rest is read only.
 
     The arithmetic is done in float32 at least, and what is kept in fewer bits is rounded once, at the end.
 
@@ -41,29 +37,27 @@ def step(
         grads: g, one a parameter.
         exp_avgs: m.
         hessians: h.
-        lr: the largest move of a coordinate.
-        beta1: decay of m.
-        gamma: scale of h.
-        eps: floor of the denominator.
-        weight_decay: decoupled, times lr.
-        maximize: go up.
+        settings: the rule and its numbers.
+        sizes: where the rule keeps them, scalars: rms(u) over ``started`` of the step before, 0 if there was
+            none (``update_rule.usual_size``); else None.
         keys: of the noise of each parameter, to round m in bfloat16 stochastically; None to round to nearest.
-        stochastic: round parameters in bfloat16 stochastically as well.
     """
+    s, rule = settings, settings.rule
     for i, (param, grad, exp_avg, hessian) in enumerate(zip(params, grads, exp_avgs, hessians, strict=True)):
         wide = torch.promote_types(torch.promote_types(param.dtype, exp_avg.dtype), torch.float32)
-        theta, m = sophia_step(
-            # A graph through the step (to a tensor lr, say) needs the parameter as it was before.
-            param.to(wide, copy=torch.is_grad_enabled()),
-            (-grad if maximize else grad).to(wide),
-            exp_avg.to(wide),
-            hessian.to(wide),
-            lr=lr,
-            beta1=beta1,
-            gamma=gamma,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
+        g = (-grad if s.maximize else grad).to(wide)
+        m = average_gradient(exp_avg.to(wide), g, beta1=s.beta1)
+        u = look_ahead(m, g, beta1=s.beta1) if rule.looks_ahead else m
+        size = None
+        if rule.keeps_rms:
+            assert sizes is not None
+            now = rms(u)
+            size = usual_size(now, sizes[i], started=s.started)
+            sizes[i].copy_(now / s.started)
+        direction = rule.direction(u, hessian.to(wide), size, s)
+        # A graph through the step (to a tensor lr, say) needs the parameter as it was before it is stored.
+        theta = param.to(wide, copy=torch.is_grad_enabled())
+        theta = theta * (1 - s.lr * s.weight_decay) - s.lr * s.scale * direction
         key = None if keys is None else keys[i]
         store(exp_avg, m, key)
-        store(param, theta, key if stochastic else None, upper=True)
+        store(param, theta, key if s.stochastic else None, upper=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sophia.step.kernels import polar as short_side
+from sophia.step import polar as short_side
 from sophia.update_rule import polar, spectral_direction
 
 
