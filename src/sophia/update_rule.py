@@ -117,7 +117,8 @@ def sophia_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of Algorithm 3 for one tensor; return the new ``(theta, m)``. Nothing is changed in place.
 
-    All tensors have the shape of theta; ``lr`` is the largest move of a coordinate (decay aside).
+    All tensors have the shape of theta; ``lr`` is the largest move of a coordinate (decay aside), a number
+    or a scalar tensor of float32 or wider: in half precision ``1 - lr weight_decay`` would be 1.
 
     >>> import torch
     >>> theta, g, m, h = (torch.tensor([x]) for x in (1.0, 2.0, 0.0, 40.0))

@@ -6,7 +6,7 @@ import torch
 
 from reference import Reference, array, noise_like
 from sophia.step.kernels import single_tensor
-from sophia.step.rules import PAPER, StepSettings
+from sophia.step.rules import DAMPED, PAPER, SPECTRAL, StepSettings
 from sophia.update_rule import sophia_step
 
 SETTINGS = {"lr": 0.01, "beta1": 0.9, "gamma": 0.05, "eps": 1e-12, "weight_decay": 0.1}
@@ -80,3 +80,15 @@ def test_gradient_flows_through_a_step():
     torch.testing.assert_close(start.grad, torch.full_like(start, 1 - 0.1 * 0.2))
     torch.testing.assert_close(grad.grad, torch.tensor([-0.1 * 0.5 / 2, 0.0], dtype=torch.float64))
     torch.testing.assert_close(lr.grad, torch.tensor(-2 * 0.2 - 0.5 - 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", [PAPER, DAMPED, SPECTRAL], ids=lambda rule: rule.name)
+def test_decay_with_a_rate_in_half_precision(rule):
+    """A tensor lr in bfloat16, where 1 - lr wd is 1: weights that never decay."""
+    theta = torch.ones(3, 4)
+    zeros = torch.zeros_like(theta)
+    lr = torch.tensor(1e-3, dtype=torch.bfloat16)
+    given = StepSettings(rule, lr=lr, beta1=0.9, gamma=0.05, eps=1e-12, weight_decay=0.5, damping=0.5)
+    sizes = [torch.zeros(())]
+    single_tensor.step([theta], [zeros], [zeros.clone()], [zeros], given, sizes=sizes)
+    torch.testing.assert_close(theta, torch.full_like(theta, 1 - float(lr) * 0.5))

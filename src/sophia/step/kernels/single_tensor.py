@@ -57,7 +57,9 @@ def step(
         direction = rule.direction(u, hessian.to(wide), size, s)
         # A graph through the step (to a tensor lr, say) needs the parameter as it was before it is stored.
         theta = param.to(wide, copy=torch.is_grad_enabled())
-        theta = theta * (1 - s.lr * s.weight_decay) - s.lr * s.scale * direction
+        # In half precision 1 - lr wd would be 1: no decay.
+        lr = s.lr.to(torch.promote_types(s.lr.dtype, wide)) if isinstance(s.lr, Tensor) else s.lr
+        theta = theta * (1 - lr * s.weight_decay) - lr * s.scale * direction
         key = None if keys is None else keys[i]
         store(exp_avg, m, key)
         store(param, theta, key if s.stochastic else None, upper=True)
