@@ -10,7 +10,7 @@ from sophia.lab.config.run import Evaluation, Optimizer
 from sophia.lab.forecast.comparison import Remaining
 from sophia.lab.optimizers import third_party
 from sophia.lab.support.errors import LabError
-from sophia.lab.training import loop
+from sophia.lab.training import components, loop, position
 from sophia.lab.training.pace import STEPS, _pace, mean, measure
 from sophia.lab.training.run_folder import rows
 
@@ -59,15 +59,15 @@ def clock(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     module = __import__("own_clock")
     monkeypatch.setattr(
-        loop, "time", types.SimpleNamespace(monotonic=lambda: module.now, process_time=lambda: 0.0)
+        position, "time", types.SimpleNamespace(monotonic=lambda: module.now, process_time=lambda: 0.0)
     )
-    real = loop._evaluate
+    real = components.held_out_loss
 
-    def evaluate(model, held_out, **how):
-        module.spend(0.01 * len(held_out))
-        return real(model, held_out, **how)
+    def held_out_loss(parts):
+        module.spend(0.01 * len(parts.held_out))
+        return real(parts)
 
-    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    monkeypatch.setattr(components, "held_out_loss", held_out_loss)
     yield module
     del sys.modules["own_clock"]
 

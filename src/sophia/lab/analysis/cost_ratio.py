@@ -20,8 +20,9 @@ from scipy import stats
 
 from sophia.lab.analysis.seed_noise import LEVEL
 from sophia.lab.analysis.speedup import Ratio
+from sophia.lab.config.record_format import EndNumber
 
-COSTS: tuple[tuple[str, str], ...] = (
+COSTS: tuple[tuple[EndNumber, str], ...] = (
     ("steps", "steps"),
     ("tokens", "tokens"),
     ("gradient_evaluations", "gradient evaluations"),

@@ -14,6 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from sophia.lab.config.record_format import EndNumber
 from sophia.lab.support.errors import LabError
 from sophia.lab.support.files import checked_name
 
@@ -41,7 +42,7 @@ class Run:
     train: tuple[Row, ...] = ()
     evaluations: tuple[Row, ...] = ()
 
-    def number(self, key: str) -> float | None:
+    def number(self, key: EndNumber) -> float | None:
         """A finite number of the result, or None."""
         return number(self.result.get(key))
 

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from sophia.lab.analysis.cost_ratio import CostRatio, cost_ratio
 from sophia.lab.analysis.read_records import Evidence, Run, number
+from sophia.lab.config.record_format import EndNumber
 
 __all__ = ["Row", "Spent", "StepCost", "ends_of", "spent", "step_costs"]
 
@@ -86,10 +87,10 @@ def _row(evidence: Evidence, contender: str, steps: int) -> Row:
     runs = [r for r in evidence.runs if (r.contender, r.steps) == (contender, steps)]
     finished = [r for r in runs if r.status == "finished"]
 
-    def values(key: str) -> list[float]:
+    def values(key: EndNumber) -> list[float]:
         return [v for r in finished if (v := r.number(key)) is not None]
 
-    def mean(key: str) -> float | None:
+    def mean(key: EndNumber) -> float | None:
         return fmean(found) if (found := values(key)) else None
 
     return Row(
@@ -145,11 +146,13 @@ def spent(evidence: Evidence) -> Spent:
     """The sum over runs that have ended, finished or diverged."""
     ended = [r for r in evidence.runs if r.status in ("finished", "diverged")]
     names = {run.name for run in ended}
-    totals = dict.fromkeys(("steps", "gradient_evaluations", "flops", "seconds", "cpu_seconds"), 0.0)
+    summed: tuple[EndNumber, ...] = ("steps", "gradient_evaluations", "flops", "seconds", "cpu_seconds")
+    totals = dict.fromkeys(summed, 0.0)
     shared_steps = 0.0
     for run in ended:
         steps, part = run.number("steps") or 0.0, run.result.get("trunk")
-        # Another run's part is taken off only where that run is among these: else nobody would count it.
+        # Older records alone have such a part (`SharedPart`). It is taken off only where the run that did it
+        # is among these: else nobody would count it.
         known = part if isinstance(part, dict) and part.get("run") in names - {run.name} else {}
         shared = min(max(number(known.get("steps")) or 0.0, 0.0), steps)
         shared_steps += shared
@@ -161,7 +164,7 @@ def spent(evidence: Evidence) -> Spent:
     return Spent(runs=len(ended), shared_steps=shared_steps, **totals)
 
 
-def _a_step(run: Run, key: str) -> float | None:
+def _a_step(run: Run, key: EndNumber) -> float | None:
     cost, steps = run.number(key), run.number("steps")
     return None if cost is None or not steps else cost / steps
 

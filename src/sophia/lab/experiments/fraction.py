@@ -88,8 +88,14 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             end = train(config, Path(folder), ids, save_every=steps, stop=progress.stop, report=report)
-        kept = ("status", "loss", "unclipped", "cpu_seconds")
-        records.add(case, steps=steps, **{name: end[name] for name in kept})
+        records.add(
+            case,
+            steps=steps,
+            status=end["status"],
+            loss=end["loss"],
+            unclipped=end["unclipped"],
+            cpu_seconds=end["cpu_seconds"],
+        )
 
 
 def _warm(config: Run, ids: Tokens, steps: int) -> nn.Module:

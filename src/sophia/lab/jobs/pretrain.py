@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import token_files
 from sophia.lab.forecast.pretraining import Pacer, needs
@@ -44,7 +45,7 @@ def pretrain(
     save_every: int,
     trackers: Sequence[str] = (),
     console: Console,
-) -> dict[str, object]:
+) -> EndRow:
     """Train, or go on; the first process says how it goes. Every process of a run calls it."""
     tracked = Trackers(tuple(trackers), group=out.name, folder=out)
     tracked.check()

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Run
 from sophia.lab.support.units import duration
 from sophia.lab.training.workers import Events
@@ -68,7 +69,7 @@ class Display(Events):
             left = f"{duration(seconds)} left"
         self._bar.update(self._task, completed=done, description=left)
 
-    def ended(self, run: Run, result: dict[str, Any]) -> None:
+    def ended(self, run: Run, result: EndRow) -> None:
         """Say in a line how a run ended; these lines stay."""
         self._steps[run.hash] = run.steps
         name = run.optimizer.contender

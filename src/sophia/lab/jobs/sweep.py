@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Data, Run, Setting
 from sophia.lab.config.search_space import at_edge
 from sophia.lab.data import corpus, tokens, vocabulary
@@ -150,7 +151,7 @@ class _Lines(Events):
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def ended(self, run: Run, result: dict[str, Any]) -> None:
+    def ended(self, run: Run, result: EndRow) -> None:
         how = (
             "diverged" if result["loss"] is None else f"loss {result['loss']:.4f}, {result['seconds']:.0f} s"
         )

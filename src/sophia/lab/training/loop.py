@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sophia.lab.config import schedules
+from sophia.lab.config.record_format import EndRow, EvaluationRow, TrainRow
 from sophia.lab.config.run import Run
-from sophia.lab.data.tokens import Tokens, bits_per_byte
+from sophia.lab.data.tokens import Tokens
 from sophia.lab.models import build
-from sophia.lab.optimizers import contender, table
+from sophia.lab.optimizers import contender
 from sophia.lab.support import provenance
-from sophia.lab.support.errors import Stopped, UsageError
+from sophia.lab.support.errors import Stopped
 from sophia.lab.support.files import locked
 from sophia.lab.support.signals import Request
-from sophia.lab.training import checkpoint
+from sophia.lab.training import checkpoint, components
+from sophia.lab.training.components import Components
+from sophia.lab.training.position import Position
 from sophia.lab.training.processes import Solo
 from sophia.lab.training.run_folder import Record, Silent
 from sophia.lab.training.trackers import Trackers
@@ -53,7 +55,7 @@ def train(
     recompute: bool = False,
     keep: bool = False,
     trackers: Trackers | None = None,
-) -> dict[str, Any]:
+) -> EndRow:
     """Train, or go on from the last checkpoint, or do nothing if the run has ended; return its result.
 
     Leaves its records in ``runs/<hash>``. When ``stop`` is set it saves and raises ``Stopped``. With a
@@ -69,221 +71,152 @@ def train(
             request = Request() if stop is None else stop  # a request that was not made yet is false
             trackers = trackers if trackers is not None and team.rank == 0 else Trackers()
             with trackers.follow(record):
-                result = _train(config, record, tokens, save_every, request, report, team, recompute, keep)
+                parts = components.components(config, tokens, team, recompute=recompute)
+                result = _train(parts, record, tokens, save_every, request, report, keep)
                 record.finish(result)
     return result
 
 
 def _train(
-    config: Run,
+    parts: Components,
     record: Record,
     tokens: Tokens,
     save_every: int,
     stop: Request,
     report: Callable[[Progress], None],
-    team: Solo,
-    recompute: bool,
     keep: bool,
-) -> dict[str, Any]:
-    torch.set_num_threads(config.threads)
-    device = team.device(config.device)
-    context, parts = config.model.context, config.micro_batches
-    if config.batch % (parts * team.size):
-        raise UsageError(
-            f"a batch of {config.batch} sequences cannot be cut into {parts} equal parts on each of "
-            f"{team.size} processes. Use micro-batches and processes whose product divides it."
-        )
-    tokens.require(context, "The text")
-    held_out, held_out_bytes = tokens.held_out(sequences=config.evaluation.sequences, context=context)
-
-    model = build.build(config.model, seed=config.seed)
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    model = team.place(model, device, precision=config.precision)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    row = table.of(config.optimizer)
-    settings = row.settings(config.optimizer.settings)
-    optimizer = row.build(model, settings, config.seed)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    cost = 1 + row.gradients(settings)  # gradient evaluations of a step
-
-    step, loss_sum, loss_count = 0, 0.0, 0
-    clipped_before, clipped = 0, 0  # steps whose gradient was longer than the limit: all, since the last row
-    clock = _Clock()
-    state = team.load(record.folder, model, optimizer)
-    if state is not None:
-        checkpoint.restore_random_state(state["random"])
-        step, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
-        clipped_before, clipped = state.get("clipped_before", 0), state.get("clipped", 0)
-        clock = _Clock(state["seconds"], state["cpu_seconds"])
-    record.cut(state["log"] if state is not None else 0)
-    record.attempt(from_step=step)
-
-    def save() -> None:
-        team.save(
-            record.folder,
-            model,
-            optimizer,
-            {
-                "random": checkpoint.random_state(),
-                "step": step,
-                "log": record.sync(),
-                "loss_sum": loss_sum,
-                "loss_count": loss_count,
-                "clipped_before": clipped_before,
-                "clipped": clipped,
-                "seconds": clock.seconds,
-                "cpu_seconds": clock.cpu_seconds,
-            },
-        )
-
-    def evaluate() -> float:
-        rows = max(1, config.batch // (parts * team.size))
-        with team.autocast(device, config.precision):
-            loss = _evaluate(model, held_out.to(device), rows=rows, team=team)
-        bits = bits_per_byte(loss, predictions=held_out[:, 1:].numel(), bytes_=held_out_bytes)
-        record.append({"kind": "eval", "step": step, "loss": loss, "bits_per_byte": bits})
-        return loss
-
-    def end(status: str, loss: float | None) -> dict[str, Any]:
-        shares = [r["unclipped"] for r in record.rows() if r.get("unclipped") is not None]
-        size, read = build.parameter_count(model), step * config.tokens_per_step
-        return {
-            "status": status,
-            "loss": loss,
-            "bits_per_byte": None
-            if loss is None
-            else bits_per_byte(loss, predictions=held_out[:, 1:].numel(), bytes_=held_out_bytes),
-            "steps": step,
-            "tokens": read,
-            "gradient_evaluations": step * cost,
-            "flops": 6 * size * read * cost,
-            "seconds": clock.seconds,
-            "cpu_seconds": clock.cpu_seconds,
-            "parameters": size,
-            "state_bytes": contender.state_bytes(optimizer),
-            "unclipped": sum(shares) / len(shares) if shares else None,
-            "gradient_clipped": (clipped_before + clipped) / step if step else None,
-            "environment": {
-                **provenance.describe(threads=config.threads, device=config.device),
-                **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
-            },
-        }
-
-    limit = config.clip or math.inf
-
-    def gradients(batch: torch.Tensor) -> tuple[float, float]:
-        """Those of a batch, clipped, in the parameters; returns the loss and the norm before clipping."""
-        loss = 0.0
-        for number, part in enumerate(team.share(batch).to(device).chunk(parts), 1):
-            with team.accumulating(model, last=number == parts):
-                with team.autocast(device, config.precision):
-                    part_loss = model(input_ids=part, labels=part).loss / parts
-                part_loss.backward()
-            loss += float(part_loss.detach())
-        (loss,) = team.mean([loss])
-        return loss, _number(torch.nn.utils.clip_grad_norm_(parameters, limit))
-
-    def again(batch: torch.Tensor) -> Any:
-        """The closure of an optimizer that makes passes of its own."""
-        with torch.enable_grad():
-            optimizer.zero_grad()
-            return torch.tensor(gradients(batch)[0])
-
-    if step == 0:
-        evaluate()
+) -> EndRow:
+    run, team, optimizer = parts.run, parts.team, parts.optimizer
+    position = _resumed(parts, record)
     loss_at_end = math.nan
-    while step < config.steps:
-        clock.start()
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
-        batch = tokens.batch(seed=config.seed, step=step, size=config.batch, context=context)
-        loss, norm = gradients(batch)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            clock.stop()
-            return end("diverged", None)
-        if row.closure:
-            optimizer.step(functools.partial(again, batch))
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-        clock.stop()
+    if position.step == 0:
+        _evaluate(parts, position, record)
+    while position.step < run.steps:
+        with position.clock:
+            factor = schedules.factor(run.schedule, position.step, steps=run.steps)
+            for group, peak in zip(optimizer.param_groups, parts.peaks, strict=True):
+                group["lr"] = peak * factor
+            context = run.model.context
+            batch = tokens.batch(seed=run.seed, step=position.step, size=run.batch, context=context)
+            loss, norm = components.gradients(parts, batch)
+            # Asked before the step: a gradient that is not finite would stay in weights and averages.
+            if finite := math.isfinite(loss) and math.isfinite(norm):
+                if parts.closure:
+                    optimizer.step(functools.partial(_again, parts, batch))
+                else:
+                    optimizer.step()
+                optimizer.zero_grad()
+        if not finite:
+            return _end(parts, position, record, "diverged", None)
+        position.advance(loss, clipped=norm > parts.limit)
 
-        step, loss_sum, loss_count = step + 1, loss_sum + loss, loss_count + 1
-        clipped += norm > limit
-        if step % config.log_every == 0 or step == config.steps:
-            numbers = team.stats(optimizer)
-            mean, share = loss_sum / loss_count, clipped / loss_count
-            clipped_before, clipped = clipped_before + clipped, 0
-            loss_sum, loss_count = 0.0, 0
-            record.append(
-                {
-                    **numbers,
-                    "kind": "train",
-                    "step": step,
-                    "loss": mean,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm,
-                    "gradient_clipped": share,
-                    "tokens": step * config.tokens_per_step,
-                    "gradient_evaluations": step * cost,
-                    "seconds": clock.seconds,
-                    "cpu_seconds": clock.cpu_seconds,
-                }
-            )
-            report(Progress(step, mean, numbers.get("unclipped")))
-        if step % config.evaluation.every == 0 or step == config.steps:
-            loss_at_end = evaluate()
+        last = position.step == run.steps
+        if last or position.step % run.log_every == 0:
+            row = _append_train_row(parts, position, record, norm)
+            report(Progress(position.step, row["loss"], row.get("unclipped")))
+        if last or position.step % run.evaluation.every == 0:
+            loss_at_end = _evaluate(parts, position, record)
             if not math.isfinite(loss_at_end):
-                return end("diverged", None)
-        if team.agreed(bool(stop)) and step < config.steps:
-            save()
+                return _end(parts, position, record, "diverged", None)
+        # Every process asks at every step, since the answer is a sum over them.
+        if team.agreed(bool(stop)) and not last:
+            _save(parts, position, record)
             raise Stopped(
-                f"Stopped at step {step} of {config.steps}; the state is saved.", signal=stop.signal or 0
+                f"Stopped at step {position.step} of {run.steps}; the state is saved.",
+                signal=stop.signal or 0,
             )
-        if step % save_every == 0 and step < config.steps:
-            save()
+        if position.step % save_every == 0 and not last:
+            _save(parts, position, record)
     if keep:
-        save()
-    return end("finished", loss_at_end)
+        _save(parts, position, record)
+    return _end(parts, position, record, "finished", loss_at_end)
 
 
-@torch.no_grad()
-def _evaluate(model: torch.nn.Module, held_out: torch.Tensor, *, rows: int, team: Solo) -> float:
-    """Mean loss over the held-out predictions; parts of unequal size weigh by their size."""
-    model.eval()
-    mine, total = held_out[team.rank :: team.size], 0.0
-    most = -(-len(held_out) // team.size)  # of any process: all call the model equally often
-    for start in range(0, most, rows):
-        part = mine[start : start + rows]
-        loss = model(input_ids=part, labels=part).loss if len(part) else _waiting(model, held_out)
-        total += float(loss) * len(part)
-    model.train()
-    total, count = team.mean([total, float(len(mine))])
-    return total / count
+def _again(parts: Components, batch: torch.Tensor) -> Any:
+    """The closure of an optimizer that makes passes of its own: loss and gradients of the batch again."""
+    with torch.enable_grad():
+        parts.optimizer.zero_grad()
+        return torch.tensor(components.gradients(parts, batch)[0])
 
 
-def _waiting(model: torch.nn.Module, held_out: torch.Tensor) -> float:
-    """A forward whose loss does not count, in step with the other processes."""
-    model(input_ids=held_out[:1])
-    return 0.0
+def _resumed(parts: Components, record: Record) -> Position:
+    """Load the last checkpoint, if there is one, and cut the log to the length that it knows."""
+    state = parts.team.load(record.folder, parts.model, parts.optimizer)
+    if state is not None:
+        # After the model was built, whose initialisation draws from the same generators.
+        checkpoint.restore_random_state(state["random"])
+    position = Position() if state is None else Position.from_state(state)
+    record.cut(0 if state is None else state["log"])
+    record.attempt(from_step=position.step)
+    return position
 
 
-def _number(norm: torch.Tensor) -> float:
-    """The norm of all gradients; sharded ones give a sharded norm."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def _save(parts: Components, position: Position, record: Record) -> None:
+    # The log goes to the disk first: a checkpoint that knew more rows than are there could not be resumed.
+    log = record.sync()
+    state = {"random": checkpoint.random_state(), "log": log, **position.to_state()}
+    parts.team.save(record.folder, parts.model, parts.optimizer, state)
 
 
-class _Clock:
-    """Wall and processor seconds of the training steps alone, from clocks that are never set back."""
+def _evaluate(parts: Components, position: Position, record: Record) -> float:
+    loss = components.held_out_loss(parts)
+    row: EvaluationRow = {
+        "kind": "eval",
+        "step": position.step,
+        "loss": loss,
+        "bits_per_byte": parts.bits_per_byte(loss),
+    }
+    record.append(row)
+    return loss
 
-    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0) -> None:
-        self.seconds, self.cpu_seconds = seconds, cpu_seconds
-        self._began = (0.0, 0.0)
 
-    def start(self) -> None:
-        self._began = (time.monotonic(), time.process_time())
+def _append_train_row(parts: Components, position: Position, record: Record, norm: float) -> TrainRow:
+    numbers: dict[str, Any] = parts.team.stats(parts.optimizer)
+    loss, clipped = position.means()
+    row: TrainRow = {
+        "kind": "train",
+        "step": position.step,
+        "loss": loss,
+        "lr": parts.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm,
+        "gradient_clipped": clipped,
+        "tokens": position.step * parts.run.tokens_per_step,
+        "gradient_evaluations": position.step * parts.gradients_per_step,
+        "seconds": position.clock.seconds,
+        "cpu_seconds": position.clock.cpu_seconds,
+    }
+    # The optimizer's numbers first: under a name of ours the row's own value stands.
+    record.append({**numbers, **row})
+    return row if (unclipped := numbers.get("unclipped")) is None else {**row, "unclipped": unclipped}
 
-    def stop(self) -> None:
-        self.seconds += time.monotonic() - self._began[0]
-        self.cpu_seconds += time.process_time() - self._began[1]
+
+def _end(
+    parts: Components,
+    position: Position,
+    record: Record,
+    status: Literal["finished", "diverged"],
+    loss: float | None,
+) -> EndRow:
+    run, team = parts.run, parts.team
+    # From the log and not from sums: they would have to be part of every checkpoint.
+    shares = [r["unclipped"] for r in record.rows() if r.get("unclipped") is not None]
+    size, tokens = build.parameter_count(parts.model), position.step * run.tokens_per_step
+    return {
+        "status": status,
+        "loss": loss,
+        "bits_per_byte": None if loss is None else parts.bits_per_byte(loss),
+        "steps": position.step,
+        "tokens": tokens,
+        "gradient_evaluations": position.step * parts.gradients_per_step,
+        "flops": 6 * size * tokens * parts.gradients_per_step,
+        "seconds": position.clock.seconds,
+        "cpu_seconds": position.clock.cpu_seconds,
+        "parameters": size,
+        "state_bytes": contender.state_bytes(parts.optimizer),
+        "unclipped": sum(shares) / len(shares) if shares else None,
+        "gradient_clipped": position.clipped_share,
+        "environment": {
+            **provenance.describe(threads=run.threads, device=run.device),
+            **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
+        },
+    }

@@ -4,16 +4,19 @@
 ``log.jsonl``       one row a line, {"kind": "train" | "eval", "step": ..., ...}; only ever appended to
 ``result.json``     written once, when the run has ended
 ``attempts.jsonl``  one row for each start: a run that was killed and went on shows that here
+
+The keys of rows and result stand in ``sophia.lab.config.record_format``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Run
 from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import LabError
@@ -48,12 +51,12 @@ class Record:
                 "Give another output folder."
             )
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> EndRow | None:
         """What the run ended with, or None if it has not ended."""
         path = self.folder / "result.json"
-        return read_json(path) if path.exists() else None
+        return cast(EndRow, read_json(path)) if path.exists() else None
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: EndRow) -> None:
         """Record the end. Numbers that are not finite become null."""
         write_json(self.folder / "result.json", plain(result))
 
@@ -65,14 +68,14 @@ class Record:
         ):
             file.write(json.dumps(what) + "\n")
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row to the log, and tell the listeners."""
-        row = plain(row)
-        line = json.dumps(row, allow_nan=False) + "\n"
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row to the log, and tell the listeners. Numbers that are not finite become null."""
+        written: dict[str, Any] = plain(dict(row))
+        line = json.dumps(written, allow_nan=False) + "\n"
         with out_of_space_named(self.log), self.log.open("a", encoding="utf-8") as file:
             file.write(line)
         for listen in self.listeners:
-            listen(row)
+            listen(written)
 
     def sync(self) -> int:
         """Bring the log to the disk and return its length in bytes, to be kept in a checkpoint."""
@@ -104,13 +107,13 @@ class Silent(Record):
     def open(self) -> None:
         """Leave it to the first process."""
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: EndRow) -> None:
         """Leave it to the first process."""
 
     def attempt(self, **what: int | str) -> None:
         """Leave it to the first process."""
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: Mapping[str, Any]) -> None:
         """Leave it to the first process."""
 
     def sync(self) -> int:

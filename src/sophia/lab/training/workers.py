@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Run
 from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import LabError, Stopped
@@ -41,7 +42,7 @@ class Events:
     def progress(self, run: Run, step: int, loss: float, unclipped: float | None) -> None:
         """A run got as far as this step."""
 
-    def ended(self, run: Run, result: dict[str, Any]) -> None:
+    def ended(self, run: Run, result: EndRow) -> None:
         """A run has its result."""
 
     def died(self, run: Run, attempt: int) -> None:

@@ -21,8 +21,6 @@ from sophia.lab.training.loop import train
 
 __all__ = ["Bench", "Shape"]
 
-KEPT = ("status", "loss", "gradient_evaluations", "gradient_clipped", "unclipped")
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -91,4 +89,10 @@ class Bench:
             result = train(
                 config, Path(folder), self.text, save_every=steps, stop=self.progress.stop, report=report
             )
-        return {key: result[key] for key in KEPT}
+        return {
+            "status": result["status"],
+            "loss": result["loss"],
+            "gradient_evaluations": result["gradient_evaluations"],
+            "gradient_clipped": result["gradient_clipped"],
+            "unclipped": result["unclipped"],
+        }
