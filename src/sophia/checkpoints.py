@@ -1,4 +1,4 @@
-"""State of other Sophias, turned into what ``Sophia.load_state_dict`` takes.
+"""Conversion of other Sophias' state to what ``Sophia.load_state_dict`` takes.
 
 Two things differ between implementations, and both are silent: whether h is stored multiplied by the number
 of predictions B (here it is, in the official repository it is not), and how the arrays are laid out (JAX
@@ -71,9 +71,9 @@ def from_official(state_dict: Mapping[str, Any], *, bs: float, update_every: int
         state[number] = {"exp_avg": entry["exp_avg"].clone(), "hessian": entry["hessian"] * bs}
         step = max(step, int(entry.get("step", 0)))
     # It refreshes after steps k - 1, 2k - 1, ..., which is before steps k, 2k, ...
-    books = _books(step, step - step % update_every if step >= update_every else -1, update_every)
+    counters = _counters(step, step - step % update_every if step >= update_every else -1, update_every)
     groups = [
-        {**{name: group[name] for name in _KEPT if name in group}, "gamma": group["rho"], **books}
+        {**{name: group[name] for name in _KEPT if name in group}, "gamma": group["rho"], **counters}
         for group in state_dict["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
@@ -121,11 +121,11 @@ def from_arrays(
     groups = optimizer.state_dict()["param_groups"]
     for group in groups:
         every = int(group["update_every"])
-        group.update(_books(step, step - step % every if refreshed is None else refreshed, every))
+        group.update(_counters(step, step - step % every if refreshed is None else refreshed, every))
     return {"state": state, "param_groups": groups}
 
 
-def _books(step: int, refreshed: int, every: int) -> dict[str, int]:
+def _counters(step: int, refreshed: int, every: int) -> dict[str, int]:
     return {
         "step": step,
         "joined": 0,

@@ -1,4 +1,4 @@
-"""Checks of what a user hands in, and the warning that is given where an error would be too much."""
+"""Checks of arguments, and ``SophiaWarning``."""
 
 from __future__ import annotations
 

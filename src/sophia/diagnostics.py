@@ -1,4 +1,4 @@
-"""What an optimizer's state says about itself: shares, quantiles, and one line of advice."""
+"""Statistics of an optimizer's state (shares, quantiles), and one line of advice."""
 
 from __future__ import annotations
 

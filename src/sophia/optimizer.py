@@ -1,4 +1,4 @@
-"""``class Sophia``: books, parameter groups, refreshes. The mathematics is in ``update_rule.py``.
+"""``class Sophia``: parameter groups, counters, refreshes. The mathematics is in ``update_rule.py``.
 
 Over 350 lines because an optimizer of torch is one class: arguments and their documentation, the attached
 model, step, refresh, statistics, groups and state dict.
@@ -251,7 +251,7 @@ class Sophia(torch.optim.Optimizer):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
-        self._joins = False  # whether the step has shards whose sizes are those of whole tensors
+        self._joins = False  # whether the step has shards whose rms is that of whole tensors
 
     # ---- the model ----
 
@@ -309,7 +309,7 @@ class Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Under torch.compile the arithmetic alone is in the graph: the books and the refresh change what a
+        # Under torch.compile the arithmetic alone is in the graph: counters and refresh change what a
         # graph would bake in. (And a dict with tensors as keys, which torch.optim's state is, is traced
         # wrongly: all parameters would have the state of one.)
         for work in self._prepared(torch.compiler.is_compiling()):
@@ -324,10 +324,11 @@ class Sophia(torch.optim.Optimizer):
 
     @untraced
     def _prepared(self, compiling: bool) -> list[Work]:
-        """Refresh h if it is due and turn the books; return what is left to do, as lists for the kernels.
+        """Refresh h if it is due and update the counters; return what is left to do, as lists for kernels.
 
         Nothing for the call with which ``torch.distributed.checkpoint`` asks for empty state.
         """
+        # Every check comes before anything moves: an error here leaves weights, m and h as they were.
         self._joins = False
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -340,6 +341,7 @@ class Sophia(torch.optim.Optimizer):
                     if parameter.grad is not None:
                         self._state_of(parameter, group)
             return []
+        # Before the step, as in Algorithm 3: the step uses the h of its own weights.
         with torch.no_grad():
             if self.mode == "replay":
                 self._refresh_if_due()
@@ -358,6 +360,8 @@ class Sophia(torch.optim.Optimizer):
                 stochastic=self.stochastic_rounding,
             )
         ]
+        # After the lists are made: noise, corrections and refresh of this step go by its number from 0. The
+        # recorder then listens only if the coming step is due.
         for group in self.param_groups:
             group["step"] += 1
         self._listen()
@@ -403,9 +407,9 @@ class Sophia(torch.optim.Optimizer):
                     "or an unpickled optimizer has none): call "
                     "opt.attach(model)"
                 )
-            books = self.param_groups[0]
+            first = self.param_groups[0]
             estimate = self._refresher.replay(
-                self._recorder, self._parameters(), seed=books["seed"], step=books["step"]
+                self._recorder, self._parameters(), seed=first["seed"], step=first["step"]
             )
             self._take(estimate, due)
         if self._recorder is not None:
@@ -424,9 +428,9 @@ class Sophia(torch.optim.Optimizer):
         gradients in ``.grad``, buffers and random generators are as before afterwards. h changes when the
         block ends, and not at all if it raises.
         """
-        books = self.param_groups[0]
+        first = self.param_groups[0]
         with self._refresher.by_hand(
-            self._model, self._parameters(), seed=books["seed"], step=books["step"]
+            self._model, self._parameters(), seed=first["seed"], step=first["step"]
         ) as handle:
             yield handle
             estimate = handle.finish()
@@ -450,6 +454,7 @@ class Sophia(torch.optim.Optimizer):
                 "opt.stats() counts skips",
             )
             return
+        # By identity: a tensor's own == compares elements.
         diagonals = {id(p): d for p, d in zip(parameters, estimate.diagonal, strict=True)}
         unreached = [p for p in parameters if diagonals[id(p)] is None and p.grad is not None]
         if unreached:
@@ -517,7 +522,7 @@ class Sophia(torch.optim.Optimizer):
             )
             for g, states in held
         ]
-        books = self.param_groups[0]
+        first = self.param_groups[0]
         own, every = (
             sum(p.numel() for g in self.param_groups for p in g["params"] if RULES[g["rule"]] not in rules)
             for rules in ((PAPER,), ())
@@ -525,13 +530,13 @@ class Sophia(torch.optim.Optimizer):
         return {
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
             "own_rule": own / every if every else 0.0,
-            "B": float(books["counted"]),
-            "age": float(books["step"] - max(books["refreshed"], 0)),
-            "refreshes": float(books["refreshes"]),
-            "skipped": float(books["skipped"]),
+            "B": float(first["counted"]),
+            "age": float(first["step"] - max(first["refreshed"], 0)),
+            "refreshes": float(first["refreshes"]),
+            "skipped": float(first["skipped"]),
         }
 
-    # ---- books ----
+    # ---- groups and state ----
 
     @property
     def _rounds(self) -> bool:

@@ -1,4 +1,4 @@
-"""What an estimator of the diagonal curvature is: an object with one method, and what that method is given.
+"""Interface of an estimator of the diagonal curvature: one method, its context, its result.
 
 An estimate is a pair (diagonal, count): the diagonal of the curvature of the *mean* loss, one tensor a
 parameter, and the number of predictions that it was taken over. A count travels with every estimate because

@@ -1,4 +1,4 @@
-"""The linear layer whose outputs are the logits, where a model shows it: a short way back for a sparse
+"""The linear layer whose outputs are the logits, where a model shows it: a shorter backward for a sparse
 gradient.
 
 A gradient in the logits that is zero in all but a few classes (``Contrast`` in ``likelihoods.sampling``)

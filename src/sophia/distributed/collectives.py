@@ -1,4 +1,4 @@
-"""The ranks that train one model together, and what a refresh asks of them.
+"""Collectives of a refresh over the ranks that train one model.
 
 Every decision of a refresh (due, skip, scale, raise) is taken from values that are equal on all ranks: an
 exception or a branch on one rank alone would leave the others waiting in a collective. The collectives of a
@@ -62,6 +62,7 @@ class Ranks:
 
     def total(self, count: int) -> float:
         """The number of counted predictions over all ranks."""
+        # float64: exact to 2**53 predictions, and float32 is not beyond 2**24.
         counts = torch.tensor([float(count)], dtype=torch.float64)
         return self._reduce(counts, dist.ReduceOp.SUM, self.data)[0]
 
@@ -79,6 +80,7 @@ class Ranks:
             if error is not None:
                 raise error
             return
+        # One reduction of both kinds: the same number of collectives on every rank, whatever happened to it.
         is_mild = mild is not None and isinstance(error, mild)
         me = float(dist.get_rank() + 1)
         codes = [me if error is not None and not is_mild else 0.0, me if is_mild else 0.0]
@@ -88,7 +90,7 @@ class Ranks:
                 raise error
             raise RuntimeError(
                 f"the Hessian pass failed on rank {int(bad) - 1}, so this rank stops too: it would wait for "
-                "that one for ever. The cause is in the message of that rank"
+                "that one forever. The cause is in the message of that rank"
             )
         if odd and mild is not None:
             raise error if error is not None else mild(f"on rank {int(odd) - 1}")
@@ -112,6 +114,7 @@ class Ranks:
         copies = [p for p in parameters if id(p) not in self.wrapping.multipliers and not is_dtensor(p)]
         if not self.data or not copies:
             return
+        # Two sums, one weighted by position: permuted parameters have the same plain sum.
         picked = torch.cat([_some(p).to(self.device) for p in copies])
         position = torch.arange(1, len(picked) + 1, dtype=torch.float64, device=picked.device) / len(picked)
         found = torch.stack([(picked * position).nan_to_num().sum(), picked.abs().nan_to_num().sum()]).cpu()
@@ -149,6 +152,7 @@ class Ranks:
             piece = local(gradient)
             result[i] = piece if multiplier in (None, 1.0) else piece * multiplier
         if self.data and ours:
+            # A rank without a gradient (an expert that got no token) must still take part in the sum.
             reached = torch.tensor([float(result[i] is not None) for i in ours])
             reached_anywhere = self._reduce(reached, dist.ReduceOp.MAX, self.data)
             ours = [i for i, flag in zip(ours, reached_anywhere, strict=True) if flag]

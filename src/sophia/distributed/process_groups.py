@@ -1,4 +1,4 @@
-"""Who is summed with whom: the ranks of a training run, from its wrappers and from what the user said.
+"""Process groups to reduce over, from the model's wrappers and ``process_group=``.
 
 The collectives themselves are in ``collectives.py``, the reading of wrappers in ``wrappers.py``.
 """

@@ -1,4 +1,4 @@
-"""What the wrapper of a parameter has already done to its gradient.
+"""How DDP, FSDP1 and FSDP2 scale gradients, and how to undo it.
 
 What is not element-wise in Sophia is one sum, of the gradient on sampled labels over the ranks *before* it is
 squared. Three kinds of parameters differ in who takes it:

@@ -1,4 +1,4 @@
-"""The command line of the doctor; the standard library's parser, so that it needs nothing but torch."""
+"""Command line of ``sophia doctor``; the standard library's parser, so that it needs nothing but torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check says: fine, worth knowing, or wrong; for people and for programs."""
+"""Result of a check: ok, note or wrong, with a sentence for people and data for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and a way to its training loss: what a user's function returns, or a small one of our own."""
+"""Model and training loss to look at: a user's function, or a small model of our own."""
 
 from __future__ import annotations
 

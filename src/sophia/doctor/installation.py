@@ -1,4 +1,4 @@
-"""Versions, other distributions with an import package called sophia, and files that were overwritten."""
+"""Checks of versions, of other distributions with an import package called sophia, of overwritten files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device, the threads, and the paths that a step can take here."""
+"""Checks of the device, the threads, and the paths that a step can take here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Sophia finds in a model, and twenty steps of it beside AdamW."""
+"""Checks of a model: what Sophia finds in it, and twenty steps beside AdamW."""
 
 from __future__ import annotations
 

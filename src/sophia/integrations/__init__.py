@@ -1,1 +1,1 @@
-"""What hosts need beyond the optimizer itself; each module imports its framework, and is imported by name."""
+"""Integrations with hosts; each module imports its framework, and is imported by name."""

@@ -1,5 +1,5 @@
-"""Drawing labels from a softmax, cheaply: by inverting its cumulative distribution, in chunks of rows, and
-with a gradient that is told by its few entries.
+"""Labels drawn from a softmax by inverting its cumulative distribution, in chunks of rows, with a gradient
+that is told by its few entries.
 """
 
 from __future__ import annotations

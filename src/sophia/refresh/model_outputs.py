@@ -1,6 +1,4 @@
-"""Reading a model's output: where the logits are, where the loss is, and which predictions the labels
-count.
-"""
+"""Logits, loss and labels found in what a model returns."""
 
 from __future__ import annotations
 

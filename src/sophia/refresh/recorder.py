@@ -1,4 +1,4 @@
-"""Records the training forwards of a model, so that ``step()`` can run them again for a refresh of h.
+"""Recorder of the training forwards, so that ``step()`` can run them again for a refresh of h.
 
 Two hooks on the model keep, on the steps where a refresh is due, *references* to what the model was called
 with, the autocast state, and which predictions entered the loss. The last is read from the user's own

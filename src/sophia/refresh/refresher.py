@@ -1,4 +1,4 @@
-"""When h is renewed, and from what: schedule, age, noise, and the passes that are skipped.
+"""Refreshes of h: schedule, age, passes, and the estimates that are skipped.
 
 A refresh is due on steps 0, k, 2k, ... and happens before the step is taken (Algorithm 3). In replay mode it
 runs recorded training forwards again; by hand, the user runs what he likes inside ``with
@@ -94,24 +94,29 @@ class Refresher:
             reducing(recorder.model),
         ):
             while True:
+                # All ranks choose before any runs: an error in the choice (overwritten inputs, say) is raised
+                # on all, and none is left waiting in a collective of the pass.
                 batches = ranks.together(chosen)
                 ranks.check_same(parameters)
+                # B is known before the pass, so that the sum of the losses is divided by sqrt(B) at once and
+                # fits in half precision.
                 counts = [
                     ranks.total(sum(of_head)) for of_head in zip(*(b.counts for b in batches), strict=True)
                 ]
                 if sum(counts) == 0:
                     return Estimate([None] * len(parameters), 0.0)
-                meeting = _Meeting(ranks)
+                agreement = _Agreement(ranks)
                 try:
-                    with meeting:
+                    with agreement:
                         return self.estimator.estimate(
-                            self._context(parameters, batches, counts, (seed, step), meeting)
+                            self._context(parameters, batches, counts, (seed, step), agreement)
                         )
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
                     if self._least_rows == 1 and not ranks.lockstep:
                         self._least_rows = 2  # a single row has no variance: BatchNorm refuses it
                     else:
                         self._take_whole_batches(recorder.model, ranks, reason)
+                # What a pass that was given up left there must not enter the next one.
                 for parameter in parameters:
                     parameter.grad = None
 
@@ -138,11 +143,11 @@ class Refresher:
         self.check_estimator(parameters)
         ranks = self.ranks(model, parameters)
         ranks.check_same(parameters)
-        meeting = _Meeting(ranks)
+        agreement = _Agreement(ranks)
         dropout = seed_for(seed, step, ranks.number, "dropout")
         # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
-        with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), meeting:
-            yield self.estimator.by_hand(self._context(parameters, [], [], (seed, step), meeting))
+        with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), agreement:
+            yield self.estimator.by_hand(self._context(parameters, [], [], (seed, step), agreement))
 
     def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
         """The ranks that train these parameters."""
@@ -164,16 +169,16 @@ class Refresher:
         batches: Sequence[Replay],
         counts: Sequence[float],
         key: tuple[int, ...],
-        meeting: _Meeting,
+        agreement: _Agreement,
     ) -> PassContext:
-        device, ranks = parameters[0].device, meeting.ranks
+        device, ranks = parameters[0].device, agreement.ranks
 
         def summed(tensors: Diagonals) -> Diagonals:
-            meeting.hold()
+            agreement.reach()
             return ranks.sum_gradients(tensors, parameters)
 
         def counted(count: int) -> float:
-            meeting.hold()
+            agreement.reach()
             return ranks.total(count)
 
         def shared(purpose: str) -> torch.Generator:
@@ -205,32 +210,32 @@ class Refresher:
         return None
 
 
-class _Meeting:
-    """The one moment of a pass at which the ranks tell each other whether it worked: before the first sum, or
-    when something failed, or at the end if there was neither.
+class _Agreement:
+    """Agreement of the ranks, once in a pass, on whether it worked: before the first sum, or when something
+    failed, or at the end if there was neither.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._held = ranks, False
+        self.ranks, self._reached = ranks, False
 
-    def hold(self, error: Exception | None = None) -> None:
-        """Meet, once. With an error, nothing comes after it: it is raised, on all ranks where that is
+    def reach(self, error: Exception | None = None) -> None:
+        """Agree, once. With an error, nothing comes after it: it is raised, on all ranks where that is
         possible.
         """
-        if error is not None and (self._held or self.ranks.lockstep):
+        if error is not None and (self._reached or self.ranks.lockstep):
             raise error  # the others are not here: they wait inside a forward, and end when this process does
-        if not self._held:
-            self._held = True
+        if not self._reached:
+            self._reached = True
             self.ranks.agree(error, mild=RowsCannotBeTaken)
 
-    def __enter__(self) -> _Meeting:
+    def __enter__(self) -> _Agreement:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if error is None:
-            self.hold()
-        elif isinstance(error, Exception) and not self._held:
-            self.hold(error)
+            self.reach()
+        elif isinstance(error, Exception) and not self._reached:
+            self.reach(error)
 
 
 def check_recorded(recorder: Recorder, step: int) -> None:

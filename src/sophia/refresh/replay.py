@@ -1,4 +1,4 @@
-"""Running recorded forwards again: which of them, which rows, and what counts.
+"""Replay of recorded forwards: which of them, which rows, and what counts.
 
 Whole micro-batches are taken first, as that costs no recompilation; with a single one, a part of its rows.
 The predictions that count are known before the pass, so their number B is too.
@@ -125,6 +125,7 @@ def choose(
             "repeated on what it saw; "
             "pass copy_inputs=True"
         )
+    # Less 1e-9: 1/3 of three is one, not two.
     single = len(recordings) == 1
     recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
     rows: int | None = None

@@ -1,4 +1,4 @@
-"""A place to run the model for the curvature's sake, from which nothing leaks into the training.
+"""Sandbox of a Hessian pass: gradients, buffers, generators and modes are as before afterwards.
 
 Inside, the ``.grad`` of every parameter of the model is free, another optimizer's too, gradients are on and
 dropout has its own noise. Afterwards ``.grad`` (the very same tensors), all buffers (BatchNorm statistics

@@ -1,4 +1,4 @@
-"""Random numbers of a Hessian pass, as a pure function of (seed, step, rank, micro-batch, purpose).
+"""Random streams of a Hessian pass, a pure function of (seed, step, rank, micro-batch, purpose).
 
 Nothing has to be saved for an exact resume but the seed and the step, both of which live in the optimizer's
 parameter groups; the ranks draw independent labels; the global generators are never touched.

@@ -1,4 +1,4 @@
-"""Group the tensors of a step by kernel, device and dtype: one call of a kernel for each list."""
+"""Tensors of a step, grouped by kernel, device and dtype: one call of a kernel for each list."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def work_of(
         state = state_of(parameter, group)
         row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
         # By the whole tensor: a shard of a matrix is moved by the rule of matrices.
-        by = rule.moving(parameter)
+        by = rule if rule.otherwise is None else rule.moving(parameter)
         # The rules are element-wise, and on DTensors each operation would cost more than the arithmetic.
         if is_dtensor(parameter) and not group["differentiable"]:
             row = local_parts(*row)

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: whether its elements can be walked through in the order of their addresses."""
+"""Dense tensors as flat views, in the order of their addresses."""
 
 from __future__ import annotations
 

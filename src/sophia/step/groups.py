@@ -76,7 +76,7 @@ def matrices_and_vectors(model: nn.Module) -> tuple[list[Named], list[Named]]:
 
 
 def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
-    """Raise ValueError or RuntimeError for the first setting of a parameter group that cannot be meant.
+    """Raise ValueError or RuntimeError for the first setting of a parameter group that is invalid.
 
     ``rounds``: whether state or parameters are rounded stochastically.
     """

@@ -1,4 +1,4 @@
-"""Tell hidden matrices from embeddings, head and vectors; groups by kind."""
+"""Hidden matrices told from embeddings, head and vectors; parameter groups by kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a parameter, and how it comes back from a checkpoint."""
+"""State of a parameter (m, h), and loading it from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rule must know of a whole tensor, where this process holds a shard of it.
+"""Rules on shards: what a rule must know of the whole tensor, and how it is found.
 
 The published rule is element-wise and needs nothing. The damped one needs one number of the whole tensor, the
 spectral one all of it.

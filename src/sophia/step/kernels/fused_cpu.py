@@ -221,6 +221,6 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="sophia")
 
 
-# A forked child inherits the pool without its threads, and would wait for them for ever.
+# A forked child inherits the pool without its threads, and would wait for them forever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
