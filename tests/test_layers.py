@@ -114,7 +114,7 @@ def test_lab_loads_nothing_into_the_library():
     """``from sophia import *`` in a script reaching for an extra that is not installed."""
     code = (
         "import json, sys; sys.modules.update(dict.fromkeys(['numpy', 'scipy', 'transformers', 'tyro', "
-        "'rich', 'matplotlib', 'tokenizers', 'jinja2'])); "
+        "'rich', 'matplotlib', 'tokenizers', 'jinja2', 'pydantic', 'tomli_w'])); "
         "import warnings; warnings.simplefilter('ignore'); "
         "from sophia import *; print(json.dumps(sorted(n for n in globals() if not n.startswith('_'))))"
     )

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-NEEDED = ("tyro", "rich", "numpy", "scipy", "tokenizers", "transformers", "matplotlib", "jinja2")
+NEEDED = (
+    *("tyro", "rich", "numpy", "scipy", "pydantic", "tomli_w"),
+    *("tokenizers", "transformers", "matplotlib", "jinja2"),
+)
 """What the extra [lab] brings; the corpus has a substitute and is asked for where it is read."""
 
 

@@ -164,7 +164,7 @@ BAD = {
     "preset": (["compare", "--preset", "huge"], "no preset 'huge'"),
     "seeds": (["compare", "--seeds", "0"], "--seeds is 0"),
     "workers": (["compare", "--workers", "0"], "--workers is 0"),
-    "budget": (["compare", "--budgets", "0"], "steps is 0"),
+    "budget": (["compare", "--budgets", "0"], "protocol.budgets[0] is 0: write a whole number from 1"),
     "data": (["compare", "--data", "nowhere.txt"], "no corpus and no file"),
     "lr without a name": (["compare", "--lr", "1e-3"], "whose value"),
     "lr as a word": (["compare", "--lr", "adamw=high"], "is no float"),
@@ -172,7 +172,7 @@ BAD = {
     "lr of nobody": (["compare", "--lr", "lion=1e-3"], "not in this comparison"),
     "setting": (["compare", "--set", "sophia-g.gama=1"], "no setting 'gama'"),
     "setting as a word": (["compare", "--set", "sophia-g.update_every=often"], "is no int"),
-    "device": (["compare", "--device", "abacus"], "device is 'abacus'"),
+    "device": (["compare", "--device", "abacus"], "Invalid choice"),
     "steps": (["train", "--steps", "0"], "steps is 0"),
 }
 

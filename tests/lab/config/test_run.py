@@ -1,10 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from sophia.lab.config.run import Data, Model, Optimizer, Run, Schedule
-from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.dataclass_json import canonical, from_json, to_json
 from sophia.lab.support.errors import UsageError
 
 RUN = Run(
@@ -43,18 +44,18 @@ def test_the_name_is_the_same_on_every_machine():
     [
         (["stepz"], 3, "no field 'stepz'"),
         (["model", "widht"], 3, "model has no field 'widht'"),
-        (["steps"], "many", "Write a int"),
+        (["steps"], "many", "steps is 'many': write a whole number from 1"),
         (["steps"], True, "steps is True"),
         (["steps"], 0, "steps is 0"),
         (["batch"], 15, "multiple of 2"),
-        (["clip"], -1, "not negative"),
+        (["clip"], -1, "clip is -1: write a number from 0"),
         (["device"], "abacus", '"cpu" or "cuda"'),
         (["model", "heads"], 5, "heads = 4"),
         (["model", "context"], 1, "model.context is 1"),
-        (["model"], 3, "several fields"),
-        (["schedule", "kind"], "line", "names no schedule"),
-        (["schedule", "floor"], 1.5, "fraction"),
-        (["optimizer", "settings"], [1], "plain values by name"),
+        (["model"], 3, "model is 3: write a table with the fields layers"),
+        (["schedule", "kind"], "line", 'kind is .line.: write "cosine" or "wsd"'),
+        (["schedule", "floor"], 1.5, "floor is 1.5: write a number from 0 to 1"),
+        (["optimizer", "settings"], [1], "settings is .*: write a table of values by name"),
         (["seed"], -1, "seed is -1"),
     ],
 )
@@ -75,3 +76,26 @@ def test_a_missing_field_is_named():
     del values["data"]["text"]
     with pytest.raises(UsageError, match=r"data lacks the field 'text'"):
         from_json(Run, values)
+
+
+RESULTS = Path(__file__).parents[3] / "results"
+
+
+def committed():
+    """The configurations of all recorded runs, each with the name of its run."""
+    for path in RESULTS.rglob("config.json"):
+        yield path.parent.name, json.loads(path.read_text())
+    for path in RESULTS.rglob("runs.jsonl"):
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            yield run["run"], run["config"]
+
+
+def test_every_recorded_run_is_still_named_by_its_configuration():
+    """Else finished runs would be done again: a bound too narrow, a number read as another, a key more."""
+    found = list(committed())
+    assert len(found) > 300
+    for name, values in found:
+        run = from_json(Run, values)
+        assert run.hash == name
+        assert canonical(to_json(run)) == canonical(values)

@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from sophia.lab.commands.protocol_options import ProtocolChoice
+from sophia.lab.config.field_types import Device
 
 __all__ = ["Compare"]
 
@@ -39,7 +40,7 @@ class Compare(ProtocolChoice):
     """Runs at a time; as many as there are cores unless given. With 1, seconds are measured without a
     neighbour.
     """
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu or cuda."""
     tracker: tuple[str, ...] = ()
     """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from sophia.lab.config.field_types import Device
+
 __all__ = ["Pretrain"]
 
 
@@ -42,7 +44,7 @@ class Pretrain:
     """Folder in which the run gets a folder of its own, named by its configuration."""
     save_every: int = 1000
     """Steps between two checkpoints."""
-    device: str = "cuda"
+    device: Device = "cuda"
     """cpu or cuda."""
     tracker: tuple[str, ...] = ()
     """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or

@@ -9,6 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from sophia.lab.commands.protocol_options import ProtocolChoice
+from sophia.lab.config.field_types import Device
 
 __all__ = ["Sweep"]
 
@@ -30,7 +31,7 @@ class Sweep(ProtocolChoice):
     """Refuse to begin a new one; a sweep that was begun goes on with or without this."""
     workers: int | None = None
     """Trials at a time; as many as there are cores unless given."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu or cuda."""
     tracker: tuple[str, ...] = ()
     """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia.lab.commands.protocol_options import ProtocolChoice
+from sophia.lab.config.field_types import Device
 
 __all__ = ["Train"]
 
@@ -28,7 +29,7 @@ class Train(ProtocolChoice):
     """Folder in which the run gets a folder of its own, named by its configuration."""
     resume: bool = False
     """Refuse to begin a new one; a run that was begun goes on with or without this."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu or cuda."""
     tracker: tuple[str, ...] = ()
     """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import isfinite, log, sqrt
 from typing import Annotated, Any
 
+from pydantic import PlainValidator
+
 from sophia.lab.config.run import Setting
 from sophia.lab.support.errors import UsageError
 
@@ -64,6 +66,14 @@ def read_kind(value: Any, where: str) -> LogRange | Choice:
     >>> read_kind([0.8, 0.9], "adamw.beta1"), read_kind({"low": 1e-3, "high": 1}, "adamw.lr")
     (Choice(values=(0.8, 0.9)), LogRange(low=0.001, high=1.0))
     """
+    try:
+        return _read_kind(value)
+    except ValueError as error:
+        raise UsageError(f"{where} is {value!r}{error}") from None
+
+
+def _read_kind(value: Any) -> LogRange | Choice:
+    """As `read_kind`; the errors begin after the value."""
     if isinstance(value, LogRange):
         value = {"low": value.low, "high": value.high}
     if isinstance(value, Choice):
@@ -72,22 +82,21 @@ def read_kind(value: Any, where: str) -> LogRange | Choice:
         kinds = {type(v) for v in value}
         if len(kinds) == 1 and kinds <= {bool, int, float, str} and len(set(value)) == len(value):
             if kinds <= {int, float} and list(value) != sorted(value):
-                raise UsageError(
-                    f"{where} is {value!r}: numbers out of order hide which of them lie at the edge. "
-                    f"Write {sorted(value)!r}."
+                raise ValueError(
+                    f": numbers out of order hide which of them lie at the edge. Write {sorted(value)!r}."
                 )
             return Choice(tuple(value))
     elif isinstance(value, dict) and set(value) == {"low", "high"}:
         ends = [v for v in value.values() if type(v) in (int, float) and isfinite(v)]
         if len(ends) == 2 and 0 < value["low"] < value["high"]:
             return LogRange(float(value["low"]), float(value["high"]))
-    raise UsageError(
-        f"{where} is {value!r}, which a search cannot draw from. Write {{ low = 1e-4, high = 1e-2 }} with "
-        "0 < low < high for a range, or a list of different values of one type for a choice."
+    raise ValueError(
+        ", which a search cannot draw from. Write { low = 1e-4, high = 1e-2 } with 0 < low < high for a "
+        "range, or a list of different values of one type for a choice."
     )
 
 
-Kind = Annotated[LogRange | Choice, read_kind]
+Kind = Annotated[LogRange | Choice, PlainValidator(_read_kind)]
 Space = Mapping[str, Kind]
 
 

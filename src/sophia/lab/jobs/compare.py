@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sophia.lab.analysis.search_notes import unsearched
+from sophia.lab.config.field_types import Device
 from sophia.lab.data import corpus, tokens
 from sophia.lab.forecast import comparison
 from sophia.lab.jobs.progress_bar import Display
@@ -37,7 +38,7 @@ def compare(
     out: Path | None = None,
     resume: bool = False,
     workers: int | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     command: str = "sophia compare",
     trackers: Sequence[str] = (),
     forecast: bool = False,

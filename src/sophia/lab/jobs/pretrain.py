@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sophia.lab.config.field_types import Device
 from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import token_files
@@ -41,7 +42,7 @@ def pretrain(
     layout: str,
     recompute: bool,
     out: Path,
-    device: str,
+    device: Device,
     save_every: int,
     trackers: Sequence[str] = (),
     console: Console,

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sophia.lab.config.field_types import Device
 from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Data, Run, Setting
 from sophia.lab.config.search_space import at_edge
@@ -39,7 +40,7 @@ def sweep(
     out: Path | None = None,
     resume: bool = False,
     workers: int | None = None,
-    device: str = "cpu",
+    device: Device = "cpu",
     command: str = "sophia sweep",
     trackers: Sequence[str] = (),
     forecast: bool = False,

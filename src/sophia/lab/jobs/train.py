@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sophia.lab.config.field_types import Device
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.forecast import comparison
@@ -31,7 +32,7 @@ def train_one(
     steps: int | None,
     out: Path,
     resume: bool,
-    device: str,
+    device: Device,
     command: str,
     trackers: Sequence[str] = (),
     forecast: bool = False,

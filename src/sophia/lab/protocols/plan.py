@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sophia.lab.config.field_types import Device
 from sophia.lab.config.run import Data, Run, Setting
 from sophia.lab.data import vocabulary
 from sophia.lab.data.corpus import Corpus
@@ -65,7 +66,7 @@ class Plan:
         return hashlib.sha256(canonical(content).encode()).hexdigest()[:8]
 
 
-def make_plan(protocol: Protocol, corpus: Corpus, tokens: Tokens, *, device: str = "cpu") -> Plan:
+def make_plan(protocol: Protocol, corpus: Corpus, tokens: Tokens, *, device: Device = "cpu") -> Plan:
     """Every contender at every budget and seed; for each seed all start from the same weights and read the
     same batches.
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from sophia.lab.config import run as config
+from sophia.lab.config.field_types import AtLeastZero, Count, Device, Seed
 from sophia.lab.config.protocol_parts import Entry, Evaluation, Schedule, Search
 from sophia.lab.config.run import Data, Model, Optimizer, Run, Setting
 from sophia.lab.config.search_space import WARMUP, Space
 from sophia.lab.optimizers.contender import Contender
 from sophia.lab.optimizers.table import find
-from sophia.lab.support.dataclass_json import canonical, to_json
+from sophia.lab.support.dataclass_json import canonical, checked_dataclass, to_json
 from sophia.lab.support.errors import UsageError
 from sophia.lab.support.files import checked_name
 
@@ -27,7 +28,7 @@ __all__ = ["Protocol", "split_label"]
 STOPPING = "all runs"
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Protocol:
     """All of a comparison but the text itself."""
 
@@ -35,12 +36,12 @@ class Protocol:
     """Of the protocol; letters, digits and . _ + = -."""
     contenders: Mapping[str, Entry]
     """What is compared, by label."""
-    budgets: tuple[int, ...]
+    budgets: tuple[Count, ...]
     """Steps of the runs, each with a whole schedule of its own."""
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     """For each seed all contenders start from the same weights and read the same batches."""
     model: Model
-    batch: int
+    batch: Count
     """Sequences in a step."""
     about: str = ""
     """One line for people."""
@@ -48,13 +49,13 @@ class Protocol:
     """Raised by the author when anything else changes; results of two versions are not compared."""
     data: str = "sotu"
     """Text: "sotu", "stdlib", or the path of a file or folder."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Parts a batch is cut into."""
-    clip: float = 1.0
+    clip: AtLeastZero = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
-    threads: int = 1
+    threads: Count = 1
     """Threads of torch in a run on the CPU."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two rows of the training log."""
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -144,7 +145,7 @@ class Protocol:
         seed: int,
         steps: int,
         over: Mapping[str, Setting] | None = None,
-        device: str = "cpu",
+        device: Device = "cpu",
     ) -> Run:
         """One run of a contender. ``over`` goes over its settings; a "warmup" in it is the schedule's."""
         entry, over = self.contenders[label], dict(over or {})
@@ -176,7 +177,7 @@ class Protocol:
             threads=self.threads,
         )
 
-    def trial(self, label: str, point: Mapping[str, Setting], *, data: Data, device: str = "cpu") -> Run:
+    def trial(self, label: str, point: Mapping[str, Setting], *, data: Data, device: Device = "cpu") -> Run:
         """The run of one trial of the search."""
         steps = min(self.budgets) if self.search.budget is None else self.search.budget
         return self.run(label, data=data, seed=self.search.seed, steps=steps, over=point, device=device)

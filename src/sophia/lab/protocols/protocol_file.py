@@ -7,10 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import UsageError
-from sophia.lab.support.write_toml import write_toml
 
 __all__ = ["chosen", "load", "presets", "text_of"]
 
@@ -57,4 +58,13 @@ def chosen(preset: str | None, file: Path | None) -> Protocol:
 
 def text_of(protocol: Protocol) -> str:
     """The protocol as a TOML file that `load` reads."""
-    return write_toml(to_json(protocol))
+    return tomli_w.dumps(_without_none(to_json(protocol)))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: what is None is left out, and read as its default."""
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }

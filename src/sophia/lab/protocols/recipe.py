@@ -11,18 +11,26 @@ from __future__ import annotations
 import importlib.resources
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from sophia.lab.config.run import Data, Evaluation, Model, Optimizer, Run, Schedule, Setting
+from sophia.lab.config.field_types import AtLeastZero, Count, Device, Fraction, Precision, Whole
+from sophia.lab.config.run import (
+    Data,
+    Evaluation,
+    Model,
+    Optimizer,
+    Run,
+    Schedule,
+    Setting,
+)
 from sophia.lab.optimizers import table as contenders
-from sophia.lab.support.dataclass_json import from_json
+from sophia.lab.support.dataclass_json import checked_dataclass, from_json
 from sophia.lab.support.errors import UsageError
 
 __all__ = ["Recipe", "find", "load", "recipes"]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Recipe:
     """A size of the paper."""
 
@@ -33,20 +41,20 @@ class Recipe:
     """Which text the paper used."""
     vocabulary: str
     """Which vocabulary its tokens are of."""
-    steps: int
-    batch: int
+    steps: Count
+    batch: Count
     """Sequences in a step, over all processes."""
-    warmup: int
+    warmup: Whole
     """Steps, whatever the length of the run."""
     model: Model
     contenders: Mapping[str, Mapping[str, Setting]]
     """Settings over the defaults, by contender."""
-    floor: float = 0.05
-    clip: float = 1.0
-    precision: str = "bfloat16"
-    evaluations: int = 100
+    floor: Fraction = 0.05
+    clip: AtLeastZero = 1.0
+    precision: Precision = "bfloat16"
+    evaluations: Count = 100
     """Evaluations of a whole run."""
-    held_out: int = 512
+    held_out: Count = 512
     """Held-out sequences of an evaluation."""
     recalled: tuple[str, ...] = ()
     """Dotted names of what was written from memory of the paper."""
@@ -73,7 +81,7 @@ class Recipe:
         seed: int,
         steps: int | None = None,
         micro_batches: int = 1,
-        device: str = "cuda",
+        device: Device = "cuda",
         over: Mapping[str, Setting] | None = None,
     ) -> Run:
         """The run of a contender. Raises ``UsageError`` for one that the recipe has no settings for."""

@@ -1,27 +1,61 @@
-"""Frozen dataclasses from plain values and back: JSON and TOML in, nothing guessed.
+"""Frozen dataclasses that check their fields, from JSON and TOML and back: nothing guessed.
 
-Unknown keys, missing keys and wrong types raise ``UsageError`` with their dotted names. A field whose type is
-``Annotated[..., parse]`` is read by ``parse(value, where)``; a class with ``to_plain()`` is written by it. A
-field with the metadata ``LATER`` was added after runs had been named: it is written only where it differs
-from its default, so that they keep their names.
+`checked_dataclass` is pydantic's dataclass, strict: the types of the fields say what they hold, bounds
+included (``Annotated[int, Ge(1)]``), and hold for files, constructors and ``dataclasses.replace`` alike.
+Unknown keys, missing keys and bad values raise ``UsageError`` with their dotted names. Relations between
+fields are checked in ``__post_init__``. A class with ``to_plain()`` is written by it. A field with the
+metadata ``LATER`` was added after runs had been named: it is written only where it differs from its default,
+so that they keep their names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pydantic
+import pydantic.dataclasses
+from pydantic_core import ErrorDetails
 
 from sophia.lab.support.errors import UsageError
 
-__all__ = ["LATER", "canonical", "differences", "from_json", "to_json"]
+if TYPE_CHECKING:  # type checkers know the fields of this one alone, and that `replace` takes it
+    from dataclasses import dataclass as checked_dataclass
+
+__all__ = ["LATER", "canonical", "checked_dataclass", "differences", "from_json", "to_json"]
 
 LATER = {"later": True}
 
 T = TypeVar("T")
+
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+if not TYPE_CHECKING:
+
+    def checked_dataclass(*, frozen: bool) -> Callable[[type[T]], type[T]]:
+        """As ``dataclasses.dataclass``; what the types of the fields do not allow raises ``UsageError``."""
+
+        def decorate(kind: type[T]) -> type[T]:
+            made = pydantic.dataclasses.dataclass(frozen=frozen, config=_STRICT)(kind)
+            construct = made.__init__
+
+            @functools.wraps(construct)
+            def __init__(self: T, *values: Any, **named: Any) -> None:
+                try:
+                    construct(self, *values, **named)
+                except pydantic.ValidationError as error:
+                    raise _refusal(made, error, where=made.__name__.lower()) from None
+
+            made.__init__ = __init__
+            return made
+
+        return decorate
 
 
 def canonical(value: object) -> str:
@@ -45,30 +79,17 @@ def to_json(config: Any) -> Any:
     return [to_json(value) for value in config] if isinstance(config, tuple | list) else config
 
 
-def from_json(kind: type[T], values: Any, *, where: str = "") -> T:
-    """The inverse of `to_json`. Unknown and missing keys and wrong types raise ``UsageError`` with their
-    names.
+def from_json(kind: type[T], values: Any) -> T:
+    """The inverse of `to_json`, for a `checked_dataclass`. Raises ``UsageError`` that names every key at
+    fault.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    name = where or kind.__name__.lower()
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{name} is {values!r}, but holds several fields. Write an object with {', '.join(fields)}."
-        )
-    if unknown := sorted(set(values) - set(fields)):
-        raise UsageError(
-            f"{name} has no field {unknown[0]!r}, and a misspelt field must not be ignored silently. "
-            f"The fields are {', '.join(fields)}."
-        )
-    missing = [
-        n for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if missing:
-        raise UsageError(f"{name} lacks the field {missing[0]!r}, which has no default. Add it.")
-    arguments = {n: _value(hints[n], v, f"{where}.{n}" if where else n) for n, v in values.items()}
-    return kind(**arguments)
+    # Through text: read strictly, a list is a tuple and an object a dataclass in JSON alone. TOML has dates
+    # beside, which no field here holds; as text they are refused with their key like any other text.
+    text = json.dumps(values, default=str)
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise _refusal(kind, error) from None
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -89,39 +110,96 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
     ]
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return hint.__metadata__[0](value, where)
+def _refusal(kind: type, error: pydantic.ValidationError, *, where: str = "") -> UsageError:
+    """A line for each key at fault."""
+    lines = [_line(kind, detail, where) for detail in error.errors(include_url=False)]
+    return UsageError("\n".join(dict.fromkeys(lines)))  # a union has one error for each of its types
+
+
+def _line(kind: type, detail: ErrorDetails, where: str) -> str:
+    hint: Any = kind
+    holder, path = where or kind.__name__.lower(), where
+    location = list(detail["loc"])
+    at_fault = location.pop() if detail["type"] in ("missing", "unexpected_keyword_argument") else None
+    for key in location:
+        inner = _inside(hint, key)
+        if inner is None:
+            break
+        name, hint = inner
+        path = f"{path}{name}" if name.startswith("[") or not path else f"{path}.{name}"
+        holder = path
+    if detail["type"] == "missing":
+        return f"{holder} lacks the field {at_fault!r}, which has no default. Add it."
+    if detail["type"] == "unexpected_keyword_argument":
+        return (
+            f"{holder} has no field {at_fault!r}, and a misspelt field must not be ignored silently. "
+            f"The fields are {_fields(hint)}."
+        )
+    # What a type's own reader says (`search_space.Kind`) is text of ours.
+    own = detail.get("ctx", {}).get("error")
+    value, expected = detail["input"], _expected(hint)
+    if isinstance(value, float) and not math.isfinite(value):
+        expected = expected.replace("a number", "a finite number")
+    return f"{holder} is {value!r}{own or f': write {expected}.'}"
+
+
+def _inside(hint: Any, key: int | str) -> tuple[str, Any] | None:
+    """The name and the type of what lies under a key; None where nothing does (the members of a union)."""
+    hint = _bare(hint)
     if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value, where=where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise UsageError(f"{where} is {value!r}, but holds several values. Write a list.")
-        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(hint, types.UnionType):
-        return _one_of(arguments, value, where)
-    if origin is not None:
-        return _by_name(arguments[1], value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise UsageError(f"{where} is {value!r}, a {type(value).__name__}. Write a {hint.__name__}.")
-    return value
+        names = [f.name for f in dataclasses.fields(hint)]
+        name = names[key] if isinstance(key, int) else key
+        return name, typing.get_type_hints(hint, include_extras=True)[name]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return f"[{key}]", arguments[0] if arguments[-1] is ... else arguments[int(key)]
+    if typing.get_origin(hint) is Mapping:
+        return str(key), arguments[1]
+    return None
 
 
-def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in hints:
-        return None
-    hints = tuple(hint for hint in hints if hint is not type(None))
-    if len(hints) == 1:
-        return _value(hints[0], value, where)
-    if type(value) in hints:
-        return value
-    raise UsageError(f"{where} is {value!r}, but a setting is a plain value. Write a number, true or text.")
+def _bare(hint: Any) -> Any:
+    """The type without what is said about it, and without None."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _bare(typing.get_args(hint)[0])
+    others = [a for a in typing.get_args(hint) if a is not type(None)]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return _bare(others[0]) if len(others) == 1 else hint
+    return hint
 
 
-def _by_name(hint: Any, value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}, but holds plain values by name. Write an object of those.")
-    return {name: _value(hint, inner, f"{where}.{name}") for name, inner in value.items()}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _expected(hint: Any) -> str:
+    """What to write for a type, bounds included.
+
+    >>> from annotated_types import Ge, Interval
+    >>> _expected(typing.Annotated[int, Ge(0)]), _expected(typing.Annotated[float, Interval(ge=0, le=1)])
+    ('a whole number from 0', 'a number from 0 to 1')
+    """
+    others = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is typing.Annotated:
+        ends = {
+            word: end
+            for about in hint.__metadata__
+            for name, word in (("ge", "from"), ("gt", "above"), ("le", "to"), ("lt", "below"))
+            if (end := getattr(about, name, None)) is not None
+        }
+        return " ".join([_expected(others[0]), *(f"{word} {end}" for word, end in ends.items())])
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(json.dumps(choice) for choice in others)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        *most, last = (_expected(other) for other in others)
+        return f"{', '.join(most)} or {last}" if most else last
+    if dataclasses.is_dataclass(hint):
+        return f"a table with the fields {_fields(hint)}"
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    if typing.get_origin(hint) is Mapping:
+        return "a table of values by name"
+    return _WORDS[hint]
+
+
+def _fields(hint: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(_bare(hint)))
