@@ -7,14 +7,13 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from sophia.lab.commands.protocol_options import ProtocolChoice
-from sophia.lab.config.field_types import Device
+from sophia.lab.commands.run_options import RunOptions
 
 __all__ = ["Compare"]
 
 
 @dataclass(frozen=True)
-class Compare(ProtocolChoice):
+class Compare(RunOptions):
     """Compare optimizers for language-model pre-training, with a verdict and a report.
 
     Without arguments: AdamW against Sophia-G on the built-in corpus, a few minutes on two cores.
@@ -34,20 +33,10 @@ class Compare(ProtocolChoice):
     """Steps of the runs; the protocol's unless given."""
     out: Path | None = None
     """Folder of the records and the report; comparisons/... unless given."""
-    resume: bool = False
-    """Refuse to begin a new one; a comparison that was begun goes on with or without this."""
     workers: int | None = None
     """Runs at a time; as many as there are cores unless given. With 1, seconds are measured without a
     neighbour.
     """
-    device: Device = "cpu"
-    """cpu or cuda."""
-    tracker: tuple[str, ...] = ()
-    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
-    module:Class of your own. May be repeated.
-    """
-    forecast: bool = False
-    """Only say how long it will take and how much disk, from a few steps of each contender; write nothing."""
 
     def run(self, command: str) -> int:
         """Compare, and print the verdict."""

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from sophia.lab.commands.protocol_options import ProtocolChoice
-from sophia.lab.config.field_types import Device
+from sophia.lab.commands.run_options import RunOptions
 
 __all__ = ["Sweep"]
 
 
 @dataclass(frozen=True)
-class Sweep(ProtocolChoice):
+class Sweep(RunOptions):
     """Look for the settings of each contender with an equal number of trials, and write the tuned protocol.
 
     Trials are spread evenly over the declared spaces first, then proposed by TPE; none is cut short.
@@ -27,18 +26,8 @@ class Sweep(ProtocolChoice):
     """Trials for each contender; the protocol's unless given."""
     out: Path | None = None
     """Folder of the records; sweeps/... unless given."""
-    resume: bool = False
-    """Refuse to begin a new one; a sweep that was begun goes on with or without this."""
     workers: int | None = None
     """Trials at a time; as many as there are cores unless given."""
-    device: Device = "cpu"
-    """cpu or cuda."""
-    tracker: tuple[str, ...] = ()
-    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
-    module:Class of your own. May be repeated.
-    """
-    forecast: bool = False
-    """Only say how long it will take and how much disk, from a few steps of each contender; write nothing."""
 
     def run(self, command: str) -> int:
         """Do the trials, and print the winners."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia.lab.commands.protocol_options import ProtocolChoice
-from sophia.lab.config.field_types import Device
+from sophia.lab.commands.run_options import RunOptions
 
 __all__ = ["Train"]
 
 
 @dataclass(frozen=True)
-class Train(ProtocolChoice):
+class Train(RunOptions):
     """Train one model with one contender."""
 
     contender: str = "sophia-g"
@@ -27,16 +26,6 @@ class Train(ProtocolChoice):
     """Other settings, SETTING=VALUE."""
     out: Path = Path("runs")
     """Folder in which the run gets a folder of its own, named by its configuration."""
-    resume: bool = False
-    """Refuse to begin a new one; a run that was begun goes on with or without this."""
-    device: Device = "cpu"
-    """cpu or cuda."""
-    tracker: tuple[str, ...] = ()
-    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
-    module:Class of your own. May be repeated.
-    """
-    forecast: bool = False
-    """Only say how long it will take and how much disk, from a few steps; write nothing."""
 
     def run(self, command: str) -> int:
         """Train, and print how it ended."""

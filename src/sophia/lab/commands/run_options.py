@@ -1,4 +1,4 @@
-"""The options by which every command chooses its protocol."""
+"""Options that `compare`, `sweep` and `train` share: the protocol and its text, the device, how to begin."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sophia.lab.config.field_types import Device
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sophia.lab.protocols.protocol import Protocol
 
-__all__ = ["ProtocolChoice"]
+__all__ = ["RunOptions"]
 
 
 @dataclass(frozen=True)
-class ProtocolChoice:
-    """A protocol, and the text it is done on."""
+class RunOptions:
+    """What a command trains on, where, and who is told. A subclass adds options of its own."""
 
     preset: str | None = None
     """Protocol of the package: quick, tiny, small or million; quick unless given."""
@@ -26,6 +28,16 @@ class ProtocolChoice:
     """Text: sotu (messages of US presidents), stdlib (source of Python's library), or the path of a file or
     folder; the protocol's unless given.
     """
+    resume: bool = False
+    """Refuse to begin anew; what was begun before goes on with or without this."""
+    device: Device = "cpu"
+    """cpu or cuda."""
+    tracker: tuple[str, ...] = ()
+    """Where the curves go as well: tensorboard, wandb (offline unless WANDB_MODE says otherwise), trackio, or
+    module:Class of your own. May be repeated.
+    """
+    forecast: bool = False
+    """Only say how long it will take and how much disk, from a few steps of each contender; write nothing."""
 
     def choose(self, contenders: Sequence[str]) -> Protocol:
         """The protocol with these contenders, or with its own if there are none."""
