@@ -53,7 +53,7 @@ def main() -> None:
         paces = comparison.paces(crew.measure(comparison.probes(planned.runs, options.workers)))
         measuring = time.monotonic() - began
         load.append(os.getloadavg()[0])
-        foreseen = comparison.outlook(
+        foreseen = comparison.forecast(
             [left], paces, records=runs, runs=len(left), workers=options.workers, report=False
         )
         print(foreseen.sentence)

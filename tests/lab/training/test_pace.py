@@ -11,7 +11,7 @@ from sophia.lab.forecast.comparison import Remaining
 from sophia.lab.optimizers import third_party
 from sophia.lab.support.errors import LabError
 from sophia.lab.training import components, loop, position
-from sophia.lab.training.pace import STEPS, _pace, mean, measure
+from sophia.lab.training.pace import STEPS, Pace, mean, measure
 from sophia.lab.training.run_folder import rows
 
 CLOCK = """
@@ -26,7 +26,7 @@ def spend(seconds):
 
 
 class Tick(torch.optim.SGD):
-    # Takes 3 s to make, 1 s a step, 4 s a step with a refresh, and 0.25 s to say what it is about.
+    # Takes 3 s to make, 1 s a step, and 4 s a step with a refresh.
     sophia_defaults = {"lr": 1e-3, "update_every": 10}
 
     def __init__(self, params, lr=1e-3, update_every=10):
@@ -38,10 +38,6 @@ class Tick(torch.optim.SGD):
         spend(4.0 if self.count % self.every == 0 else 1.0)
         self.count += 1
         return super().step(closure)
-
-    def stats(self):
-        spend(0.25)
-        return {"unclipped": 0.5}
 
 
 class Bang(Tick):
@@ -85,12 +81,10 @@ def ticking(tiny, name="Tick", *, every=10, **changes):
 
 @pytest.mark.parametrize("every", [1, 2, 10])
 def test_the_forecast_of_a_run_is_what_the_run_takes(every, clock, tiny, ids, tmp_path):
-    """Else the forecast would forget refreshes, evaluations, rows or the start, or count them twice."""
+    """Else the forecast would forget refreshes, evaluations or the start, or count them twice."""
     config = ticking(tiny, every=every, steps=60)
     pace = measure(config, ids, clock=lambda: clock.now)
     assert pace.step == pytest.approx({1: 4.0, 2: 2.5, 10: 1.3}[every])
-    assert pace.refreshes == pytest.approx({1: 0.0, 2: 1.5, 10: 0.3}[every])
-    assert pace.row == pytest.approx(0.25)
     assert pace.evaluation == pytest.approx(0.64)  # though the probe evaluates on a quarter of the sequences
     assert pace.around == pytest.approx(3.0)
     before = clock.now
@@ -126,8 +120,8 @@ def test_the_probe_leaves_nothing_and_changes_nothing(tiny, ids, tmp_path, monke
     config = tiny("sophia-g", steps=20)
     pace = measure(config, ids)
     assert not list(tmp_path.glob("sophia-*"))  # torch keeps a folder of its own there
-    assert min(pace.step, pace.evaluation, pace.refreshes) >= 0
-    assert pace.step > pace.refreshes
+    assert min(pace.step, pace.evaluation) > 0
+    assert pace.around >= 0
     result = loop.train(config, tmp_path / "a", ids)
     assert pace.state == 4 * result["parameters"] + result["state_bytes"]
     assert result["loss"] == loop.train(config, tmp_path / "b", ids)["loss"]
@@ -151,25 +145,17 @@ def test_a_contender_that_diverges_at_once_has_no_pace(clock, tiny, ids):
         measure(ticking(tiny, "Bang"), ids)
 
 
-def test_one_slow_step_or_row_does_not_make_the_forecast():
-    """Else a neighbour on the machine, for a second, would double the night."""
-    seconds = [9.0, 1.0, 4.0, 1.0, 30.0, 1.0, 4.0, 1.0]  # refreshes at 1, 3, 5, 7; the fifth was disturbed
-    stamps, now = [0.0], 0.0
-    for step, second in enumerate(seconds, 1):
-        now += second + 0.5 + (2.0 if step in (1, 8) else 0.0) + (5.0 if step == 1 else 0.0)
-        stamps.append(now)
-    pace = _pace(seconds, [*stamps, now + 2.0 + 1.0], period=10)
-    assert (pace.step, pace.refreshes, pace.row) == pytest.approx((1.3, 0.3, 0.5))
-    assert (pace.evaluation, pace.around) == pytest.approx((2.0, 6.0))
-    assert _pace(seconds, [*stamps, now + 3.0], period=1).step == 1.0
-    assert mean([pace, dataclasses.replace(pace, step=2.3)]).step == pytest.approx(1.8)
+def test_workers_side_by_side_are_averaged():
+    """Else the pace of whoever was measured last would stand for all."""
+    one = Pace(step=1.0, evaluation=2.0, around=6.0, state=8)
+    assert mean([one, Pace(step=2.0, evaluation=4.0, around=7.0, state=8)]) == Pace(1.5, 3.0, 6.5, 8)
 
 
-def test_the_rows_of_a_real_run_are_counted_right(tiny, ids, tmp_path):
-    """Else the arithmetic of rows and evaluations would be right for round numbers only."""
-    for steps, log_every, every in ((20, 5, 10), (23, 5, 10), (7, 10, 100)):
-        config = tiny(steps=steps, log_every=log_every, evaluation=Evaluation(every=every, sequences=4))
+def test_the_evaluations_of_a_real_run_are_counted_right(tiny, ids, tmp_path):
+    """Else the arithmetic of evaluations would be right for round numbers only."""
+    one = Pace(step=0.0, evaluation=1.0, around=0.0, state=0)
+    for steps, every in ((20, 10), (23, 10), (7, 100)):
+        config = tiny(steps=steps, log_every=5, evaluation=Evaluation(every=every, sequences=4))
         loop.train(config, tmp_path, ids)
         kinds = [row["kind"] for row in rows(tmp_path / config.hash)]
-        left = Remaining(config, 0)
-        assert (left._times(log_every), left._times(every) + 1) == (kinds.count("train"), kinds.count("eval"))
+        assert Remaining(config, 0).seconds(one) == kinds.count("eval")

@@ -1,6 +1,5 @@
-"""What a run of `sophia pretrain` will take, said by itself: disk and memory from its shapes before the first
-step, time from its own first steps. A probe in a folder of its own, as the laptop's commands make, would
-build a large model twice and hold every process of a team for it.
+"""Forecast of a run of `sophia pretrain`: disk and memory from shapes before the first step, time from its
+own first steps. A probe in a folder of its own, as for small runs, would build a large model twice.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ def needs(run: Run, out: Path, *, devices: int, sharded: bool, recompute: bool, 
         recompute: whether activations are computed twice and not kept.
         save_every: steps between two checkpoints.
     """
-    whole = forecast(run)
-    added = disk(run, save_every)
-    free = shutil.disk_usage(existing(out)).free
-    peak = forecast(run, devices=devices, sharded=sharded, recompute=recompute, count=whole.parameters).peak
+    whole = forecast(run, devices=devices, sharded=sharded, recompute=recompute)
+    added, free = disk(run, save_every), shutil.disk_usage(existing(out)).free
     short = " That is more than there is." if added > free else ""
     return (
-        f"Forecast: {whole.flops:.2e} FLOPs; about {size(peak)} of memory a process; disk: about "
+        f"Forecast: {whole.flops:.2e} FLOPs; about {size(whole.peak)} of memory a process; disk: about "
         f"{size(added)}, {size(free)} are free.{short} Time follows after the first steps."
     )
 
@@ -48,28 +45,24 @@ def disk(run: Run, save_every: int) -> int:
 
 
 class Pacer:
-    """The time of the rest, from the steps between the first two rows of this start: what is before the first
+    """Time of the rest, from the steps between the first two rows of this start: what is before the first
     row fills caches, compiles, and says nothing of later steps.
     """
 
     def __init__(self, run: Run, clock: Callable[[], float] = time.monotonic) -> None:
         self._run, self._clock = run, clock
-        self._first: tuple[int, float] | None = None
-        self._said = False
+        self._rows: list[tuple[int, float]] = []
 
     def row(self, step: int) -> str | None:
-        """A row of the log was written at this step; a sentence, once, when there is something to say."""
-        now = self._clock()
-        if self._said or step >= self._run.steps:
+        """A row of the log was written at this step; a sentence at the second one."""
+        if len(self._rows) == 2 or step >= self._run.steps:
             return None
-        if self._first is None:
-            self._first = (step, now)
+        self._rows.append((step, self._clock()))
+        if len(self._rows) == 1:
             return None
-        self._said = True
-        first, began = self._first
-        pace = (now - began) / (step - first)
+        (first, began), (_, now) = self._rows
+        pace, left = (now - began) / (step - first), self._run.steps - step
         return (
-            f"Forecast: about {duration(pace * (self._run.steps - step))} for the other "
-            f"{self._run.steps - step:,} steps, checkpoints not counted; {small_duration(pace)} a step, "
-            f"measured over steps {first + 1} to {step}."
+            f"Forecast: about {duration(pace * left)} for the other {left:,} steps, checkpoints not counted; "
+            f"{small_duration(pace)} a step, measured over steps {first + 1} to {step}."
         )

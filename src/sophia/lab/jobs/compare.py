@@ -17,6 +17,7 @@ from sophia.lab.config.field_types import Device
 from sophia.lab.data import corpus, tokens
 from sophia.lab.forecast import comparison
 from sophia.lab.jobs.progress_bar import Display
+from sophia.lab.jobs.say_forecast import say_forecast
 from sophia.lab.protocols import freeze, plan
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.dataclass_json import to_json
@@ -65,7 +66,7 @@ def compare(
     at_once = min(workers or (1 if device == "cuda" else cores()), len(planned.runs))
     if forecast:
         with Crew(folder / "runs", workers=at_once) as crew:
-            _foresee(folder, planned, crew, at_once, console)
+            _say_forecast(folder, planned, crew, at_once, console)
         return folder
     tracked = replace(tracked, group=folder.name, folder=folder)
     with locked(folder, what="comparison"):
@@ -106,7 +107,7 @@ def _run(
         console.print(line, highlight=False, soft_wrap=True)
     try:
         with Crew(runs, workers=workers, trackers=trackers) as crew:
-            _foresee(folder, planned, crew, workers, console)
+            _say_forecast(folder, planned, crew, workers, console)
             with Display(console, planned.runs, done) as display:
                 crew.do(planned.runs, display)
     except Stopped as stopped:
@@ -115,18 +116,17 @@ def _run(
         raise LabError(f"{error}\nTo try those again: {command}") from None
 
 
-def _foresee(folder: Path, planned: plan.Plan, crew: Crew, workers: int, console: Console) -> None:
-    """Print what the runs that are left will take."""
-    left = comparison.remaining(planned.runs, folder / "runs")
-    if not left:
-        console.print(f"All {len(planned.runs)} runs of {folder} have ended before.", highlight=False)
-        return
-    with console.status("measuring a few steps of each contender"):
-        measured = crew.measure(comparison.probes([each.run for each in left], workers))
-    foreseen = comparison.outlook(
-        [left], comparison.paces(measured), records=folder / "runs", runs=len(planned.runs), workers=workers
+def _say_forecast(folder: Path, planned: plan.Plan, crew: Crew, workers: int, console: Console) -> None:
+    say_forecast(
+        [comparison.remaining(planned.runs, folder / "runs")],
+        crew.measure,
+        records=folder / "runs",
+        runs=len(planned.runs),
+        workers=workers,
+        report=True,
+        ended=f"All {len(planned.runs)} runs of {folder} have ended before.",
+        console=console,
     )
-    console.print(foreseen.sentence, highlight=False)
 
 
 def show(folder: Path, console: Console) -> None:

@@ -21,6 +21,7 @@ from sophia.lab.config.run import Data, Run, Setting
 from sophia.lab.config.search_space import at_edge
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.forecast import comparison
+from sophia.lab.jobs.say_forecast import say_forecast
 from sophia.lab.jobs.search import Trial, best, rounds, search
 from sophia.lab.protocols import freeze, plan
 from sophia.lab.protocols.protocol import Protocol
@@ -86,7 +87,7 @@ def sweep(
     at_once = min(workers or (1 if device == "cuda" else cores()), total)
     left = rounds(spaces, trial, protocol.search, folder)
     if forecast:
-        _foresee(typical, left, folder, total, at_once, console)
+        _say_forecast(typical, left, folder, total, at_once, console)
         return folder
     with locked(folder, what="sweep"):
         freeze.write(folder, frozen)
@@ -99,7 +100,7 @@ def sweep(
         for line in tracked.words():
             console.print(line, highlight=False, soft_wrap=True)
         try:
-            _foresee(typical, left, folder, total, at_once, console)
+            _say_forecast(typical, left, folder, total, at_once, console)
             trials = search(
                 spaces,
                 trial,
@@ -123,7 +124,7 @@ def sweep(
     return folder
 
 
-def _foresee(
+def _say_forecast(
     typical: Mapping[str, Run],
     left: Sequence[Sequence[str]],
     folder: Path,
@@ -131,19 +132,18 @@ def _foresee(
     workers: int,
     console: Console,
 ) -> None:
-    """Print what the trials that are left will take, each with settings in the middle of its space."""
-    if not left:
-        console.print(f"All {total} trials of {folder} have ended before.", highlight=False)
-        return
-    names = {name for each in left for name in each}
-    runs = [run for name, run in typical.items() if name in names]
-    with Crew(folder / "runs", workers=workers) as crew, console.status("measuring a few steps of each"):
-        measured = comparison.paces(crew.measure(comparison.probes(runs, workers)))
-    ahead = [[comparison.Remaining(typical[name], step=0) for name in each] for each in left]
-    foreseen = comparison.outlook(
-        ahead, measured, records=folder / "runs", runs=total, workers=workers, report=False
-    )
-    console.print(foreseen.sentence, highlight=False)
+    """Each trial with settings in the middle of its space."""
+    with Crew(folder / "runs", workers=workers) as crew:
+        say_forecast(
+            [[comparison.Remaining(typical[name], step=0) for name in each] for each in left],
+            crew.measure,
+            records=folder / "runs",
+            runs=total,
+            workers=workers,
+            report=False,
+            ended=f"All {total} trials of {folder} have ended before.",
+            console=console,
+        )
 
 
 class _Lines(Events):

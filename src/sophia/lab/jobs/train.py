@@ -12,12 +12,13 @@ from sophia.lab.config.field_types import Device
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.forecast import comparison
+from sophia.lab.jobs.say_forecast import say_forecast
 from sophia.lab.protocols import freeze
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.errors import LabError, Stopped, UsageError
 from sophia.lab.support.signals import requests
-from sophia.lab.training import loop
-from sophia.lab.training import pace as probe
+from sophia.lab.training import loop, pace
+from sophia.lab.training.pace import Pace
 from sophia.lab.training.run_folder import Record
 from sophia.lab.training.trackers import Trackers
 
@@ -57,12 +58,12 @@ def train_one(
     record = Record(out, config)
     freeze.begun(record.folder, record.folder.exists(), resume=resume, what="run")
     if forecast:
-        _foresee(config, ids, out, console)
+        _say_forecast(config, ids, out, console)
         return
     if record.result() is None:
         for line in tracked.words():
             console.print(line, highlight=False, soft_wrap=True)
-        _foresee(config, ids, out, console)
+        _say_forecast(config, ids, out, console)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(None),
@@ -93,23 +94,25 @@ def train_one(
     )
 
 
-def _foresee(config: Run, ids: tokens.Tokens, out: Path, console: Console) -> None:
-    """Print what the run, or the rest of it, will take."""
-    left = comparison.remaining([config], out)
-    if not left:
-        console.print(f"{Record(out, config).folder} has ended before.", highlight=False)
-        return
-    pace: probe.Pace | str
-    with requests() as stop, console.status("measuring a few steps"):
-        try:
-            pace = probe.measure(config, ids, stop=stop)
-        except Stopped as stopped:
-            raise Stopped("Stopped before the first step.", signal=stopped.signal) from None
-        except UsageError:
-            raise
-        except LabError as error:
-            pace = str(error)
-    foreseen = comparison.outlook(
-        [left], {config.optimizer.contender: pace}, records=out, runs=1, workers=1, report=False
+def _say_forecast(config: Run, ids: tokens.Tokens, out: Path, console: Console) -> None:
+    def measure(runs: Sequence[Run]) -> list[tuple[Run, Pace | str]]:
+        with requests() as stop:
+            try:
+                return [(run, pace.measure(run, ids, stop=stop)) for run in runs]
+            except Stopped as stopped:
+                raise Stopped("Stopped before the first step.", signal=stopped.signal) from None
+            except UsageError:
+                raise
+            except LabError as error:
+                return [(config, str(error))]
+
+    say_forecast(
+        [comparison.remaining([config], out)],
+        measure,
+        records=out,
+        runs=1,
+        workers=1,
+        report=False,
+        ended=f"{Record(out, config).folder} has ended before.",
+        console=console,
     )
-    console.print(foreseen.sentence, highlight=False)

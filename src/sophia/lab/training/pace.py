@@ -1,9 +1,7 @@
-"""What a step takes on this machine, measured: a real run of eight steps, whose records are thrown away.
+"""Pace of a contender on this machine: seconds of a step, measured in a real run whose records are deleted.
 
-The first step is not counted: it fills caches. Of a contender that renews its curvature every
-``update_every`` steps the probe does so every second step, so that a few steps show both kinds, and puts the
-true period back into the average. A period under another name stays as it is, and is seen only if eight steps
-hold it.
+The first step is not counted: it fills caches. The mean of the ten steps after it holds every curvature
+refresh whose period divides ten; what comes less often than every tenth step is missed.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 
 from sophia.lab.config.run import Run
 from sophia.lab.data.tokens import Tokens
@@ -27,9 +25,7 @@ from sophia.lab.training.run_folder import Record
 
 __all__ = ["STEPS", "Pace", "mean", "measure"]
 
-STEPS = 8
-PERIOD = "update_every"
-"""The setting that says every how many steps a contender does more than in the others."""
+STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -37,17 +33,12 @@ class Pace:
     """Seconds and bytes of one contender's runs."""
 
     step: float
-    """A step, refreshes included, on average over a period."""
-    refreshes: float
-    """The part of it that refreshes take."""
-    row: float
-    """A row of the training log, with what the optimizer says of itself."""
+    """A step, refreshes included, on average."""
     evaluation: float
     around: float
-    """What is before the first step and after the last, once a run."""
+    """What is before the first step and after the last, once a run; evaluations are not in it."""
     state: int
     """Bytes of a checkpoint: weights and optimizer state."""
-    row_bytes: int
 
 
 def measure(
@@ -65,20 +56,15 @@ def measure(
     there = len(tokens.validation) // config.model.context
     planned = max(1, min(config.evaluation.sequences, there))
     sequences = min(planned, 4 * config.batch)  # enough to see what one takes
-    settings = dict(config.optimizer.settings)
-    period = settings.get(PERIOD, 1)
-    if type(period) is int and period > 2:
-        settings[PERIOD] = 2
     short = dataclasses.replace(
         config,
         steps=STEPS,
         log_every=1,
-        optimizer=dataclasses.replace(config.optimizer, settings=settings),
         evaluation=dataclasses.replace(config.evaluation, every=STEPS - 1, sequences=sequences),
     )
     stamps: list[float] = []
     with tempfile.TemporaryDirectory(prefix="sophia-") as folder:
-        began = clock()
+        stamps.append(clock())
         result = train(
             short,
             Path(folder),
@@ -87,45 +73,29 @@ def measure(
             stop=stop,
             report=lambda progress: stamps.append(clock()),
         )
-        ended = clock()
-        record = Record(Path(folder), short)
-        totals = [row["seconds"] for row in record.rows() if row["kind"] == "train"]
-        row_bytes = (record.folder / "log.jsonl").stat().st_size // (STEPS + 3)
+        stamps.append(clock())
+        totals = [row["seconds"] for row in Record(Path(folder), short).rows() if row["kind"] == "train"]
     if result["status"] != "finished":
         raise LabError(
             f"it diverged within {STEPS} steps, so its pace is not known; its runs will hardly do better."
         )
-    seconds = [now - before for before, now in pairwise([0.0, *totals])]
-    found = _pace(seconds, [began, *stamps, ended], period=period if type(period) is int else 1)
-    return dataclasses.replace(
-        found,
-        evaluation=found.evaluation * planned / sequences,
+    # An evaluation lies before the first step, one between the last two rows, and one after the last.
+    gaps = [later - sooner for sooner, later in pairwise(stamps)]
+    evaluation = max(0.0, gaps[-2] - (totals[-1] - totals[-2]))
+    around = max(0.0, gaps[0] - totals[0] - evaluation) + max(0.0, gaps[-1] - evaluation)
+    return Pace(
+        step=(totals[-1] - totals[0]) / (STEPS - 1),
+        evaluation=evaluation * planned / sequences,
+        around=around,
         state=4 * result["parameters"] + result["state_bytes"],
-        row_bytes=row_bytes,
     )
 
 
 def mean(paces: Sequence[Pace]) -> Pace:
-    """Of several measurements of one contender, which ran beside one another."""
-    values = {
-        field.name: sum(getattr(pace, field.name) for pace in paces) / len(paces)
-        for field in dataclasses.fields(Pace)
-    }
-    return Pace(**{**values, "state": paces[0].state, "row_bytes": paces[0].row_bytes})
-
-
-def _pace(seconds: Sequence[float], stamps: Sequence[float], *, period: int) -> Pace:
-    """From the seconds of each step and the clock before the run, after each step's row, and at the end.
-
-    Between two rows lie a step and the row itself; before the last row lies also an evaluation, one lies
-    before the first, and one after the last. Medians, since other programs take the processor now and then.
-    """
-    even, odd = median(seconds[1::2]), median(seconds[2::2])
-    plain, with_refresh = min(even, odd), max(even, odd)
-    refreshes = (with_refresh - plain) / period if period > 1 else 0.0
-    step = plain + refreshes if period > 1 else median(seconds[1:])
-    gaps = [later - sooner for sooner, later in pairwise(stamps)]
-    row = max(0.0, median(gap - step for gap, step in zip(gaps[1:-2], seconds[1:-1], strict=True)))
-    evaluation = max(0.0, gaps[-2] - seconds[-1] - row)
-    around = max(0.0, gaps[0] - seconds[0] - row - evaluation) + max(0.0, gaps[-1] - evaluation)
-    return Pace(step, refreshes, row, evaluation, around, state=0, row_bytes=0)
+    """Mean of several measurements of one contender, made side by side."""
+    return Pace(
+        step=fmean(pace.step for pace in paces),
+        evaluation=fmean(pace.evaluation for pace in paces),
+        around=fmean(pace.around for pace in paces),
+        state=paces[0].state,
+    )
