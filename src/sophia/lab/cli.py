@@ -31,7 +31,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.evaluate import Evaluate
     from sophia.lab.commands.experiment import Experiment
     from sophia.lab.commands.pretrain import Pretrain
-    from sophia.lab.commands.price import Plan
+    from sophia.lab.commands.price import Price
     from sophia.lab.commands.report import Report
     from sophia.lab.commands.sweep import Sweep
     from sophia.lab.commands.train import Train
@@ -49,7 +49,7 @@ def commands() -> dict[str, type[Command]]:
         "pretrain": Pretrain,
         "evaluate": Evaluate,
         "doctor": Doctor,
-        "plan": Plan,
+        "price": Price,
     }
 
 
@@ -72,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(1)
     from sophia.lab.support.errors import LabError
 
+    if arguments[:1] == ["plan"]:
+        print("sophia plan is now sophia price; the old word goes with the next release.", file=sys.stderr)
+        arguments = ["price", *arguments[1:]]
     chosen = parse(arguments or ["--help"])
     # What is printed after a stop, to be pasted as it is.
     command = shlex.join(["sophia", *(a for a in arguments if a != "--resume")])

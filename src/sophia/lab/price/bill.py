@@ -1,117 +1,112 @@
-"""From inputs to hours, money and a sentence."""
+"""From inputs to hours, dollars and a sentence.
+
+    FLOPs of AdamW    = FLOPs of a token * tokens
+    seconds           = FLOPs / (devices * peak * utilisation), or steps * measured seconds of a step
+    dollars           = hours * devices * price of a device and hour
+    of the contender  = of AdamW * (1 + its overhead) / its speed-up in steps
+
+So a contender pays if its speed-up in steps is above 1 + overhead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sophia.lab.price.inputs import REFRESH, TRAINED, Gain, Inputs, Known, Number, Span
+from sophia.lab.analysis.speedup import Ratio
+from sophia.lab.analysis.verdict_words import ratio_words
 from sophia.lab.support.units import count, dollars
 
-__all__ = ["Column", "bill", "break_even", "plain", "sentence", "words"]
+__all__ = ["Amount", "Gain", "Known", "amount_words", "costs", "costs_of_adamw", "sentence"]
+
+
+class Known(NamedTuple):
+    """A number and where it is from."""
+
+    value: float
+    source: str
+
+
+class Amount(NamedTuple):
+    """A cost; ``bound`` is "less than " or "more than " where the speed-up is open on that side."""
+
+    value: float
+    bound: str = ""
 
 
 @dataclass(frozen=True)
-class Column:
-    """What a run takes with one optimizer."""
+class Gain:
+    """How many times fewer steps a contender needs than AdamW, and what a step of it costs more."""
 
-    name: str
-    steps: Span
-    tokens: Span
-    flops: Span
-    hours: Span
-    """Of the clock."""
-    device_hours: Span
-    dollars: Span
-    held: float
-    """Bytes of weights, gradients and optimizer state, one copy."""
-    refresh: float
-    """Bytes more while a refresh lasts."""
-
-
-def bill(inputs: Inputs) -> tuple[Column, ...]:
-    """AdamW first, then each gain."""
-    return (
-        _column(_ADAMW, inputs),
-        *(_column(gain, inputs) for gain in inputs.gains),
-    )
+    contender: str
+    speedup: Ratio
+    """In steps at equal loss."""
+    source: str
+    flops: Known
+    """More FLOPs of a step, as a fraction of AdamW's."""
+    time: Known
+    """More time of a step, likewise."""
+    state: Known
+    """Bytes of optimizer state a parameter."""
+    measured_at: float | None = None
+    """Parameters of the model that it was measured with; None if it was not measured."""
 
 
-def break_even(gain: Gain) -> float:
-    """The speed-up in steps above which the contender is cheaper than AdamW."""
-    return 1 + gain.more_time.value
+def costs_of_adamw(inputs: Mapping[str, Known]) -> dict[str, float]:
+    """What the run takes with AdamW."""
+    of = {name: known.value for name, known in inputs.items()}
+    steps, flops = of["tokens"] / of["batch"] / of["context"], of["flops_per_token"] * of["tokens"]
+    hours = flops / of["devices"] / of["peak"] / of["utilisation"] / 3600
+    device_hours = hours * of["devices"]
+    counted = {"steps": steps, "tokens": of["tokens"], "flops": flops}
+    return counted | {"hours": hours, "device_hours": device_hours, "dollars": device_hours * of["price"]}
 
 
-def sentence(inputs: Inputs, gain: Gain) -> str:
+def costs(adamw: Mapping[str, float], gain: Gain) -> dict[str, tuple[Amount, ...]]:
+    """What it takes with a contender: the value, and low and high if its speed-up has an interval."""
+    by = gain.speedup
+    more = {"steps": 0.0, "tokens": 0.0, "flops": gain.flops.value}
+
+    def divided(total: float, speedup: float) -> Amount:
+        bound = "less than " if speedup > by.ceiling else "more than " if speedup < by.floor else ""
+        return Amount(total / min(max(speedup, by.floor), by.ceiling), bound)
+
+    # The faster, the cheaper: the ends of the interval change sides.
+    speedups = (by.value,) if by.low is None or by.high is None else (by.value, by.high, by.low)
+    return {
+        name: tuple(divided(cost * (1 + more.get(name, gain.time.value)), speedup) for speedup in speedups)
+        for name, cost in adamw.items()
+    }
+
+
+def amount_words(amounts: tuple[Amount, ...], form: Callable[[float], str]) -> str:
+    """A cost with its interval.
+
+    >>> amount_words((Amount(2.0, "less than "), Amount(2.0, "less than "), Amount(3.05)), "{:.2f}".format)
+    'less than 2.00 (less than 2.00 to 3.05)'
+    """
+    value, *ends = (amount.bound + form(amount.value) for amount in amounts)
+    return f"{value} ({ends[0]} to {ends[1]})" if ends else value
+
+
+def sentence(adamw: Mapping[str, float], gain: Gain, parameters: float) -> str:
     """What the contender does to AdamW's bill, in words that claim no more than the speed-up does."""
-    columns = bill(inputs)
-    base = columns[0].dollars.value.value
-    own = gain.speedup.over(base * break_even(gain))
-    start = f"{gain.contender} at a speed-up of {words(gain.speedup, plain)} in steps ({gain.source}): "
-    text = f"{start}{dollars(base)} become {words(own, dollars)}, {_change(own, base)}."
-    if gain.measured_at is not None and gain.measured_at < 0.5 * inputs.parameters.value:
+    before, amounts = adamw["dollars"], costs(adamw, gain)["dollars"]
+    now, *ends = amounts
+    word = "less" if now.value < before else "more"
+    # "Less than $1" for $2 is over 50% less, "more than $1" under 50% less.
+    side = "" if not now.bound else "over " if now.bound.startswith(word) else "under "
+    change = f"{side}{abs(now.value / before - 1):.0%} {word}"
+    if ends and ends[0].value <= before <= ends[1].value:
+        change = "which could be less or more: not distinguishable"
+    text = (
+        f"{gain.contender} at a speed-up of {ratio_words(gain.speedup)} in steps ({gain.source}): "
+        f"{dollars(before)} become {amount_words(amounts, dollars)}, {change}."
+    )
+    if gain.measured_at is not None and gain.measured_at < 0.5 * parameters:
         text += (
             f" It was measured with {count(gain.measured_at)} parameters; that it holds for "
-            f"{count(inputs.parameters.value)} is assumed."
+            f"{count(parameters)} is assumed."
         )
     return text
-
-
-def _change(own: Span, base: float) -> str:
-    """How the bill changes; no direction is named that the interval does not have."""
-    if own.low is not None and own.high is not None:
-        if own.low.value <= base <= own.high.value:
-            return "which could be less or more: not distinguishable"
-        kind = "less" if own.high.value < base else "more"
-    else:
-        kind = "less" if own.value.value < base else "more"
-    share = abs(own.value.value / base - 1)
-    beyond = own.value.beyond * (1 if kind == "more" else -1)
-    prefix = {1: "over ", -1: "under ", 0: ""}[beyond]
-    return f"{prefix}{share:.0%} {kind}"
-
-
-def words(span: Span, form: Callable[[float], str]) -> str:
-    """A span in words.
-
-    >>> words(Span(Number(2.0, 1), Number(1.5), Number(2.0, 1)), plain)
-    'more than 2.00 (1.50 to more than 2.00)'
-    """
-
-    def one(number: Number) -> str:
-        return {1: "more than ", -1: "less than ", 0: ""}[number.beyond] + form(number.value)
-
-    if span.low is None or span.high is None:
-        return one(span.value)
-    return f"{one(span.value)} ({one(span.low)} to {one(span.high)})"
-
-
-def plain(value: float) -> str:
-    """Two decimals."""
-    return f"{value:.2f}"
-
-
-_NONE = Known(0.0, "the baseline")
-_ADAMW = Gain("adamw", Span(Number(1.0)), "the baseline", _NONE, _NONE, state=Known(8, "the baseline"))
-
-
-def _column(gain: Gain, inputs: Inputs) -> Column:
-    speedup, parameters = gain.speedup, inputs.parameters.value
-    tokens, devices = inputs.tokens.value, inputs.devices.value
-    flops = inputs.flops_per_token.value * tokens
-    if inputs.step_seconds is not None:
-        seconds = tokens / inputs.tokens_per_step.value * inputs.step_seconds.value
-    else:
-        seconds = flops / (devices * inputs.peak.value * inputs.utilisation.value)
-    hours = seconds / 3600 * (1 + gain.more_time.value)
-    return Column(
-        name=gain.name,
-        steps=speedup.over(tokens / inputs.tokens_per_step.value),
-        tokens=speedup.over(tokens),
-        flops=speedup.over(flops * (1 + gain.more_flops.value)),
-        hours=speedup.over(hours),
-        device_hours=speedup.over(hours * devices),
-        dollars=speedup.over(hours * devices * inputs.price.value),
-        held=parameters * (TRAINED + gain.state.value),
-        refresh=parameters * REFRESH if gain.more_flops.value else 0.0,
-    )

@@ -98,7 +98,7 @@ class Records:
         if _key(case) in self._done:
             raise ValueError(f"the case {dict(case)} has a row already: ask left() which ones have none")
         self._note_environment()
-        row = {"case": dict(case), "result": plain_deep(result)}
+        row = {"case": dict(case), "result": plain(result)}
         line = json.dumps(row, allow_nan=False) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         with out_of_space_named(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -148,19 +148,6 @@ class Records:
     def _keep(self, row: Row) -> None:
         self.rows.append(row)
         self._done.add(_key(row.case))
-
-
-def plain_deep(value: Any) -> Any:
-    """The value with NaN and infinity as None, in lists and mappings too; JSON has none of them.
-
-    >>> plain_deep({"loss": [1.0, float("nan")]})
-    {'loss': [1.0, None]}
-    """
-    if isinstance(value, Mapping):
-        return {key: plain_deep(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_deep(v) for v in value]
-    return plain(value)
 
 
 def _key(case: Case) -> str:
