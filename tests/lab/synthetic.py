@@ -121,7 +121,8 @@ def _write_run(
         "schedule": {"kind": "wsd" if planted.wsd else "cosine", "warmup": 30, "final": 0.1},
         "clip_grad_norm": 1.0,
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "attempts.jsonl").write_text('{"from_step": 0}\n')
     passes = 1 + planted.extra_passes.get(name, 0.0)
     second = 0.085 * (1 + 1.2 * (passes - 1)) * (1 + 0.03 * rng.normal())
     stop = budget
@@ -188,4 +189,4 @@ def _write_run(
             "commit": "80877bf",
         },
     }
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

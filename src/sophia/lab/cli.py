@@ -30,6 +30,7 @@ def commands() -> dict[str, type[Command]]:
     from sophia.lab.commands.doctor import Doctor
     from sophia.lab.commands.evaluate import Evaluate
     from sophia.lab.commands.experiment import Experiment
+    from sophia.lab.commands.pack import Pack
     from sophia.lab.commands.pretrain import Pretrain
     from sophia.lab.commands.price import Price
     from sophia.lab.commands.report import Report
@@ -41,6 +42,7 @@ def commands() -> dict[str, type[Command]]:
         "sweep": Sweep,
         "train": Train,
         "report": Report,
+        "pack": Pack,
         "contenders": Contenders,
         "audit": Audit,
         "bench": Bench,

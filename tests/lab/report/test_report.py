@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, chromium
 from matplotlib.text import Annotation
+from rich.console import Console
 from synthetic import Planted, write_comparison
 
 from sophia.lab.analysis.read_records import read_evidence
 from sophia.lab.analysis.settings_table import side_by_side
 from sophia.lab.analysis.verdict import summarise
+from sophia.lab.jobs.compare import show
+from sophia.lab.jobs.pack import unpack
 from sophia.lab.report import colours
 from sophia.lab.report.colours import looks
 from sophia.lab.report.curvature_figure import courses
@@ -274,6 +277,28 @@ def test_settings_that_differ_come_first_and_the_seed_does_not_count(tmp_path: P
 
 RESULTS = Path(__file__).parents[3] / "results"
 OLD = sorted(path.parent for path in RESULTS.rglob("comparison.json"))
+
+
+@pytest.mark.parametrize("folder", OLD, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_a_committed_comparison_gives_the_same_bytes_from_its_pack_and_from_folders(
+    folder: Path, tmp_path: Path
+) -> None:
+    """If this fails packing changes what a record says."""
+    shown: list[dict[str, bytes | str]] = []
+    for name in ("pack", "folders"):
+        copy = tmp_path / name / "copy"
+        shutil.copytree(folder, copy)
+        if name == "folders":
+            unpack(copy)
+        assert (copy / "runs").is_dir() == (name == "folders")
+        with (tmp_path / name / "console").open("w+") as out:
+            show(copy, Console(file=out, width=200))
+            out.seek(0)
+            said = out.read().replace(str(copy), "")
+        files = ["report.html", *(path.name for path in copy.glob("*.svg"))]
+        shown.append({"console": said, **{file: (copy / file).read_bytes() for file in sorted(files)}})
+    assert len(shown[0]) >= 3
+    assert shown[0] == shown[1]
 
 
 @pytest.mark.parametrize("folder", OLD, ids=lambda path: str(path.relative_to(RESULTS)))

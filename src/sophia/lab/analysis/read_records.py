@@ -1,25 +1,25 @@
 """The records of a comparison, read back without trusting them.
 
-A folder may come from somebody else: names are held to an allow-list before they become paths, links that
-lead out of the folder are refused, and a line, file or number that cannot be read becomes a problem in the
-report, never a crash and never a silent gap. Nothing here writes.
+A folder may come from somebody else, with its runs in folders or in a pack: names are held to an allow-list
+before they become paths, links that lead out of the folder are refused, and a line, file or number that
+cannot be read becomes a problem in the report, never a crash and never a silent gap. Nothing here writes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from sophia.lab.config.record_format import EndNumber
+from sophia.lab.records.pack_file import Pack, pack_of, read_pack
+from sophia.lab.records.reading import number, read_object
+from sophia.lab.records.stored_run import read_run
 from sophia.lab.support.errors import LabError
 from sophia.lab.support.files import checked_name
 
-MOST_BYTES = 256 * 2**20
-"""Larger record files are refused: a report of them would not open in a browser."""
+__all__ = ["MOST_RUNS", "Evidence", "Row", "Run", "number", "read_evidence"]
 
 MOST_RUNS = 10_000
 
@@ -81,16 +81,6 @@ class Evidence:
         return any(isinstance(kind, dict) and kind.get("kind") == "wsd" for kind in kinds)
 
 
-def number(value: object) -> float | None:
-    """A finite real number as float; anything else (text, true, NaN) is None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if isfinite(value) else None
-    except OverflowError:  # an integer beyond the floats
-        return None
-
-
 def read_evidence(folder: Path) -> Evidence:
     """Read comparison.json and every run it names; raises where the comparison itself cannot be
     understood.
@@ -102,7 +92,7 @@ def read_evidence(folder: Path) -> Evidence:
             f"there is no comparison.json in {folder}. A report needs it to know which runs belong together. "
             f"Give the folder that `sophia compare` wrote, or run `sophia compare`."
         )
-    raw, problem = _read_json(root, path)
+    raw, problem = read_object(root, path)
     if problem is not None or raw.get("version") != 1:
         seen = problem or f"version {raw.get('version')!r:.40}"
         raise LabError(
@@ -117,10 +107,11 @@ def read_evidence(folder: Path) -> Evidence:
             f"{list(contenders)}. Without it nothing can be compared. Add it to the comparison."
         )
     contenders = (baseline, *(c for c in dict.fromkeys(contenders) if c != baseline))
-    problems: list[str] = []
+    pack = read_pack(root, pack_of(root / "runs"))
+    problems = list(pack.problems)
     runs: dict[tuple[str, int, int], Run] = {}
     for item in _items(raw, "runs"):
-        run = _read_run(root, item, contenders, problems)
+        run = _read_run(root, pack, item, contenders, problems)
         if run is not None:
             runs[run.contender, run.steps, run.seed] = run
     seeds = tuple(sorted({int(s) for s in _items(raw, "seeds") if number(s) is not None}))
@@ -138,7 +129,7 @@ def read_evidence(folder: Path) -> Evidence:
     data = raw.get("data")
     frozen: dict[str, Any] = {}
     if (root / "protocol.json").exists():
-        frozen, problem = _read_json(root, root / "protocol.json")
+        frozen, problem = read_object(root, root / "protocol.json")
         if problem is not None:
             problems.append(f"protocol.json could not be used: {problem}")
     protocol = frozen.get("protocol")
@@ -162,7 +153,9 @@ def _items(raw: Row, key: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _read_run(root: Path, item: Any, contenders: tuple[str, ...], problems: list[str]) -> Run | None:
+def _read_run(
+    root: Path, pack: Pack, item: Any, contenders: tuple[str, ...], problems: list[str]
+) -> Run | None:
     if not isinstance(item, dict):
         problems.append("comparison.json lists a run that is not an object; it was left out")
         return None
@@ -174,35 +167,21 @@ def _read_run(root: Path, item: Any, contenders: tuple[str, ...], problems: list
             f"run {name}: its contender, seed or steps are not those of the comparison; it was left out"
         )
         return None
-    folder = root / "runs" / name
-    result: dict[str, Any] = {}
-    status, rows = "missing", []
-    if (folder / "log.jsonl").exists():
-        rows, status = _read_log(root, folder / "log.jsonl", name, problems), "unfinished"
-    if (folder / "result.json").exists():
-        result, problem = _read_json(root, folder / "result.json")
-        if problem is not None:
-            problems.append(
-                f"run {name}: result.json could not be used: {problem}; the run counts as unfinished"
-            )
-            status = "unfinished"
-        else:
-            status = _status(result, name, problems)
-    config: dict[str, Any] = {}
-    if (folder / "config.json").exists():
-        config, problem = _read_json(root, folder / "config.json")
-        if problem is not None:
-            problems.append(f"run {name}: config.json could not be used: {problem}")
+    stored = read_run(root, root / "runs", name, pack)
+    problems.extend(stored.problems)
+    status = "unfinished" if stored.started else "missing"
+    if stored.ended:
+        status = _status(stored.result, name, problems)
     return Run(
         contender,
         int(seed),
         int(steps),
         name,
         status,
-        result,
-        config,
-        tuple(r for r in rows if r.get("kind") == "train"),
-        tuple(r for r in rows if r.get("kind") == "eval"),
+        stored.result,
+        stored.config,
+        tuple(r for r in stored.rows if r.get("kind") == "train"),
+        tuple(r for r in stored.rows if r.get("kind") == "eval"),
     )
 
 
@@ -218,50 +197,3 @@ def _status(result: Row, name: str, problems: list[str]) -> str:
         return str(status)
     problems.append(f"run {name}: has the unknown status {status!r:.40}; it counts as unfinished")
     return "unfinished"
-
-
-def _text(root: Path, path: Path) -> tuple[str, str | None]:
-    """The file's text, or why not: it leads out of the folder, is too large, or cannot be read."""
-    if not path.resolve().is_relative_to(root):
-        return "", "it is a link that leads out of the folder"
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            return "", f"it is larger than {MOST_BYTES >> 20} MiB"
-        return path.read_text(encoding="utf-8", errors="replace"), None
-    except OSError as error:
-        return "", f"it cannot be read ({error.strerror})"
-
-
-def _read_json(root: Path, path: Path) -> tuple[dict[str, Any], str | None]:
-    text, problem = _text(root, path)
-    if problem is not None:
-        return {}, problem
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}, "it is not JSON"
-    return (value, None) if isinstance(value, dict) else ({}, "it is not a JSON object")
-
-
-def _read_log(root: Path, path: Path, name: str, problems: list[str]) -> list[dict[str, Any]]:
-    """Rows in order; a last line cut short by a kill is normal, any other unreadable line is counted."""
-    text, problem = _text(root, path)
-    if problem is not None:
-        problems.append(f"run {name}: log.jsonl could not be used: {problem}")
-    rows, bad = [], 0
-    lines = text.split("\n")
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            bad += index < len(lines) - 1
-            continue
-        if isinstance(row, dict) and number(row.get("step")) is not None:
-            rows.append(row)
-        else:
-            bad += 1
-    if bad:
-        problems.append(f"run {name}: {bad} line(s) of log.jsonl could not be read and were left out")
-    return rows

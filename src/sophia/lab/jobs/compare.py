@@ -84,7 +84,7 @@ def _run(
     if len(done) == len(planned.runs):
         console.print(f"All {len(done)} runs of {folder} have ended before.", highlight=False)
         return
-    if any(Record(runs, run).folder.exists() for run in planned.runs):
+    if any(Record(runs, run).begun for run in planned.runs):
         console.print(
             f"Going on: {len(done)} of {len(planned.runs)} runs have ended before.", highlight=False
         )

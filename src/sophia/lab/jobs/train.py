@@ -56,7 +56,7 @@ def train_one(
     ids = tokens.encode(text)
     ids.require(config.model.context, f"The text {protocol.data}")
     record = Record(out, config)
-    freeze.begun(record.folder, record.folder.exists(), resume=resume, what="run")
+    freeze.begun(record.folder, record.begun, resume=resume, what="run")
     if forecast:
         _say_forecast(config, ids, out, console)
         return

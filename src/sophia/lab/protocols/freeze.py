@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sophia.lab.records.pack_file import NAME
 from sophia.lab.support.dataclass_json import differences
 from sophia.lab.support.errors import UsageError
 from sophia.lab.support.files import read_json, write_json
@@ -21,7 +22,7 @@ def check(folder: Path, frozen: Mapping[str, Mapping[str, Any]], *, what: str) -
     """
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # Runs are named by what they are: those of others do no harm, and a sweep's are at home in a comparison.
-    if folder.is_file() or (inside - {"lock"} and not inside & {"runs", *frozen}):
+    if folder.is_file() or (inside - {"lock"} and not inside & {"runs", NAME, *frozen}):
         raise UsageError(
             f"{folder} is there already and holds no {what}; writing into it would mix two things. "
             "Give another folder with --out."

@@ -65,6 +65,8 @@ def train(
     """
     team = Solo() if team is None else team
     record = Record(runs, config) if team.rank == 0 else Silent(runs, config)
+    if (result := record.result()) is not None:  # before the lock, which would make a folder for a packed run
+        return result
     with locked(record.folder, what="run") if team.rank == 0 else contextlib.nullcontext():
         if (result := record.result()) is None:
             record.open()

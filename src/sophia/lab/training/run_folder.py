@@ -6,6 +6,9 @@
 ``attempts.jsonl``  one row for each start: a run that was killed and went on shows that here
 
 The keys of rows and result stand in ``sophia.lab.config.record_format``.
+
+A run that has ended may have been packed (`sophia pack`): then it is a line of ``runs.jsonl``, beside the
+folder of runs.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from typing import Any, cast
 
 from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Run
+from sophia.lab.records.pack_file import pack_of, read_pack_once
+from sophia.lab.records.stored_run import StoredRun, read_run
 from sophia.lab.support.dataclass_json import from_json, to_json
-from sophia.lab.support.errors import LabError
+from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.files import checked_name, out_of_space_named, plain, read_json, write_json
 
 __all__ = ["Record", "Silent", "rows"]
@@ -52,9 +57,40 @@ class Record:
             )
 
     def result(self) -> EndRow | None:
-        """What the run ended with, or None if it has not ended."""
+        """What the run ended with, or None if it has not ended. Raises ``LabError`` for a damaged pack."""
+        if (packed := self._packed()) is not None:
+            return cast(EndRow, dict(packed.result))
         path = self.folder / "result.json"
         return cast(EndRow, read_json(path)) if path.exists() else None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the run is there."""
+        return self.folder.exists() or self._packed() is not None
+
+    def _packed(self) -> StoredRun | None:
+        """The run in the pack beside the folder of runs, if it is there.
+
+        A pack with a line that cannot be read is refused: the run may be that line, and would be trained
+        again.
+        """
+        runs = self.folder.parent
+        if runs.name != "runs":
+            return None
+        pack = read_pack_once(pack_of(runs))
+        if self.folder.name not in pack.runs and not pack.problems:
+            return None
+        stored = read_run(runs.parent, runs, self.folder.name, pack)
+        problems = (*pack.problems, *stored.problems)
+        if not problems and not _is_of(stored, self.config):
+            problems = (f"the run {self.folder.name} has another configuration than its name says",)
+        if problems:
+            raise LabError(
+                f"{pack_of(runs)} is damaged: {problems[0]}. So it cannot be told which runs have ended, and "
+                "going on could train one of them again. Restore the file; or delete what cannot be read, "
+                "and those runs are trained again."
+            )
+        return stored
 
     def finish(self, result: EndRow) -> None:
         """Record the end. Numbers that are not finite become null."""
@@ -98,6 +134,8 @@ class Record:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of the log."""
+        if (packed := self._packed()) is not None:
+            return (dict(row) for row in packed.rows)
         return rows(self.folder)
 
 
@@ -122,6 +160,13 @@ class Silent(Record):
 
     def cut(self, length: int) -> None:
         """Leave it to the first process."""
+
+
+def _is_of(stored: StoredRun, config: Run) -> bool:
+    try:
+        return from_json(Run, dict(stored.config)) == config
+    except UsageError:
+        return False
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
