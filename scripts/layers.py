@@ -43,6 +43,7 @@ LAYERS = [
     # the lab: tools, then plain data
     {"sophia.lab.support": "errors, files, signals, units"},
     {"sophia.lab.config": "what is to be run, as frozen data"},
+    {"sophia.lab.records": "what runs leave, read"},
     # text; contenders; what records establish
     {
         "sophia.lab.data": "text to batches",

@@ -199,6 +199,28 @@ def test_another_run_under_the_same_name_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("job", [pack, unpack])
+def test_nothing_behind_a_link_is_touched(folder, tmp_path, job):
+    """A folder from somebody else that makes this command write or delete elsewhere."""
+    if job is unpack:
+        pack(folder)
+        (folder / "runs").mkdir()
+        (tmp_path / "other").mkdir()
+        name = json.loads((folder / NAME).read_text().splitlines()[0])["run"]
+        (folder / "runs" / name).symlink_to(tmp_path / "other")
+        with pytest.raises(LabError, match="is no plain folder"):
+            unpack(folder)
+        assert not list((tmp_path / "other").iterdir())
+        shutil.rmtree(folder / "runs")
+    else:
+        shutil.move(folder / "runs", tmp_path / "other")
+    (folder / "runs").symlink_to(tmp_path / "other")
+    before = bytes_of(tmp_path / "other")
+    with pytest.raises(UsageError, match="is a link"):
+        job(folder)
+    assert bytes_of(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("job", [pack, unpack])
 def test_a_kill_between_any_two_steps_loses_nothing(tmp_path, monkeypatch, job):
     """A record that a crash at the wrong moment takes away, or leaves in halves."""
     whole = write_comparison(tmp_path / "whole", SMALL)

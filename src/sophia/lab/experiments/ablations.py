@@ -125,7 +125,8 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
     for name, variant in VARIANTS.items():
         do("search", name, variant.contender, variant.points[:trials], SEARCH_SEEDS[:1])
-        finalists = _ranked(records, name, 1)[:FINALISTS]
+        # By the first seed alone: the others' rows, once they are there, must not choose other finalists.
+        finalists = _ranked(records, name, SEARCH_SEEDS[:1])[:FINALISTS]
         do("search", name, variant.contender, finalists, SEARCH_SEEDS[1:])
         if (best := winner(records, name)) is not None:
             do("variant", name, variant.contender, [best], seeds)
@@ -141,18 +142,22 @@ def winner(records: Records, name: str) -> Point | None:
     """The settings with the lowest mean end loss among a variant's finalists; None if all of them
     diverged.
     """
-    return next(iter(_ranked(records, name, len(SEARCH_SEEDS))), None)
+    return next(iter(_ranked(records, name, SEARCH_SEEDS)), None)
 
 
-def _ranked(records: Records, name: str, seeds: int) -> list[Point]:
-    """Settings of a variant's search that ended well on so many seeds, the lowest mean loss first."""
+def _ranked(records: Records, name: str, seeds: Sequence[int]) -> list[Point]:
+    """Settings of a variant's search that ended well on all of these seeds, the lowest mean loss over them
+    first.
+    """
     losses: dict[str, list[float]] = {}
     points: dict[str, Point] = {}
     for row in records.where(part="search", name=name):
+        if row.case["seed"] not in seeds:
+            continue
         key = canonical(row.case["settings"])
         points[key] = row.case["settings"]
         losses.setdefault(key, []).append(inf if row.result["loss"] is None else row.result["loss"])
-    means = {key: fmean(found) for key, found in losses.items() if len(found) >= seeds}
+    means = {key: fmean(found) for key, found in losses.items() if len(found) == len(seeds)}
     return [points[key] for key in sorted(means, key=lambda key: means[key]) if means[key] < inf]
 
 

@@ -50,8 +50,8 @@ class Size:
 
 SIZES = (
     Size("half-300k"),
-    Size("quick", "results/quick-comparison"),
-    Size("million", "results/million/comparison"),
+    Size("quick", "results/comparisons/quick"),
+    Size("million", "results/comparisons/million"),
 )
 LARGER = ("half-3m", "half-10m")
 """Protocols beside this file that take longer: read where `sophia sweep` and `sophia compare` have done them,

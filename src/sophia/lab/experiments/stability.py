@@ -42,7 +42,7 @@ QUICK = Shape(
     Model(layers=2, width=16, heads=2, context=16, vocabulary=256), batch=2, steps=8, warmup=2, held_out=4
 )
 
-# Searched at 1.1M parameters with ten trials each (results/million), all but the learning rate.
+# Searched at 1.1M parameters with ten trials each (results/searches/million), all but the learning rate.
 SETTINGS: Mapping[str, Mapping[str, Setting]] = {
     "adamw": {"beta1": 0.7, "beta2": 0.95, "weight_decay": 0.2},
     "lion": {"beta1": 0.7, "beta2": 0.95, "weight_decay": 0.0},

@@ -67,7 +67,7 @@ def pack(folder: Path) -> Packed:
                     f"{NAME} would hold {len(text) >> 20} MiB, and no more than {MOST_BYTES >> 20} are read "
                     f"back. Leave these runs in folders."
                 )
-            write_atomically(pack_of(runs), lambda file: file.write(text.encode()))
+            _write(pack_of(runs), text.encode())
         if _readable_pack(runs) != every:
             raise LabError(
                 f"{pack_of(runs)} does not read back as it was written, so no folder was removed. Look at "
@@ -94,10 +94,11 @@ def unpack(folder: Path) -> Packed:
     with locked(folder, what="runs of the folder"):
         packed = _readable_pack(runs)
         size = pack_of(runs).stat().st_size
-        _refuse(folder, [r for name in packed if (r := _differs(runs / name, packed[name])) is not None])
+        found = {name: _differs(runs / name, files) for name, files in packed.items()}
+        _refuse(folder, [f"runs/{name}: {reason}" for name, reason in found.items() if reason is not None])
         for name, files in packed.items():
             for file, data in files.items():
-                write_atomically(runs / name / file, lambda out, data=data: out.write(data))  # type: ignore[misc]
+                _write(runs / name / file, data)
         if any(
             (runs / n / f).read_bytes() != data for n, files in packed.items() for f, data in files.items()
         ):
@@ -110,12 +111,22 @@ def unpack(folder: Path) -> Packed:
         return Packed(len(packed), len(packed), size)
 
 
+def _write(path: Path, data: bytes) -> None:
+    write_atomically(path, lambda file: file.write(data))
+
+
 def _runs_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(
             f"{folder} is no folder. Give the folder of a comparison: the one in which `runs` or {NAME} lies."
         )
-    return folder / "runs"
+    runs = folder / "runs"
+    if runs.is_symlink():
+        raise UsageError(
+            f"{runs} is a link, and what lies behind it may be another's. Give the folder in which the runs "
+            "themselves lie."
+        )
+    return runs
 
 
 def _readable_pack(runs: Path) -> dict[str, Files]:
@@ -182,8 +193,7 @@ def _in_the_way(path: Path) -> str | None:
         return "is no folder of a run. Move it away"
     try:
         checked_name(path.name, what="run")
-        with_lock = (path / "lock").exists()
-        if with_lock:  # a folder without one is written by nobody
+        if (path / "lock").exists():  # a folder without one is written by nobody
             with locked(path, what="run"):
                 pass
     except LabError as error:
@@ -211,6 +221,8 @@ def _kept_weights(path: Path, files: Files) -> str | None:
 
 def _differs(path: Path, files: Files) -> str | None:
     """Why a folder is not what is left of a run in the pack; None if it is, or is not there."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        return "is no plain folder. Move it away"
     for file in FILES:
         if (path / file).exists() and (path / file).read_bytes() != files[file]:
             return f"holds another {file} than {NAME} does for the same run. Keep one of the two"

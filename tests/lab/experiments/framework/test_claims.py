@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from sophia.lab import cli, experiments
 from sophia.lab.experiments.framework import runner
 from sophia.lab.experiments.framework.claims import CLAIMS
-from sophia.lab.experiments.framework.claims_page import NOT_RUN, page
+from sophia.lab.experiments.framework.claims_page import NOT_RUN, PICTURES, page
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
@@ -94,7 +95,25 @@ def test_the_page_in_docs_is_what_the_records_say():
     for name in experiments.NAMES:
         folder = ROOT / "results/experiments" / name
         if Records(folder).finished:
-            assert (folder / "figure.png").exists(), f"write: sophia experiment {name} --redraw"
+            assert (ROOT / "docs" / PICTURES / f"{name}.png").exists(), "write: sophia claims"
+
+
+def test_the_command_draws_the_pictures_that_the_page_shows(tmp_path, capsys, monkeypatch):
+    """A page of claims with broken pictures, or old ones."""
+    monkeypatch.setattr(experiments, "every", lambda: [drawn])
+    drawn = dataclasses.replace(EXAMPLE, draw=lambda records: Figure(figsize=(1, 1)))
+    runner.run(drawn, tmp_path / "records", Progress())
+    options = ["claims", "--out", str(tmp_path / "claims.md"), "--records", str(tmp_path / "records")]
+    cli.main(options)
+    (picture,) = tmp_path.rglob("*.png")
+    link = picture.relative_to(tmp_path).as_posix()
+    assert f"![the title]({link})" in (tmp_path / "claims.md").read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    cli.main([*options, "--check"])
+    picture.unlink()
+    with pytest.raises(SystemExit):
+        cli.main([*options, "--check"])
+    assert "is not there" in capsys.readouterr().err
 
 
 def test_every_experiment_bears_on_a_claim():

@@ -114,7 +114,7 @@ CLAIMS: tuple[Claim, ...] = (
         "A5000.",
         f"What holds for small models need not hold for large ones: in {_WEN} the speed-up of the best "
         "methods falls from 1.4 at 0.1B parameters to 1.1 at 1.2B.",
-        "[Six contenders](six-contenders.md) and [the quick comparison](../results/quick-comparison) were "
+        "[Six contenders](six-contenders.md) and [the quick comparison](../results/comparisons/quick) were "
         "run on two cores.",
     ),
 )

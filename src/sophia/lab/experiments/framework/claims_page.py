@@ -10,7 +10,10 @@ from sophia.lab.experiments.framework.definition import Experiment
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.experiments.framework.runner import folder_of
 
-__all__ = ["page"]
+__all__ = ["PICTURES", "page"]
+
+PICTURES = Path("images/claims")
+"""Folder of the pictures, beside the page."""
 
 NOT_RUN, NOT_FINISHED = "not run yet", "not finished"
 TOP = """# The paper, claim by claim
@@ -85,9 +88,8 @@ def _full(experiment: Experiment, records: Path, link: str) -> str:
     verdict = experiment.verdict(found)
     parts.append(f"*Result.* {verdict.sentence} **{verdict.word}**\n")
     folder = f"{link}/{experiment.name}"
-    if (found.folder / "figure.png").exists():
-        parts.append(f"![{experiment.title}]({folder}/figure.png)\n")
-        parts.append(f"*{experiment.figure}*\n")
+    parts.append(f"![{experiment.title}]({PICTURES.as_posix()}/{experiment.name}.png)\n")
+    parts.append(f"*{experiment.figure}*\n")
     where = "; ".join(_environment(e) for e in found.about.get("environments", []))
     parts.append(
         f"*Record.* [{len(found.rows)} rows]({folder}/records.jsonl): {experiment.record} Run on {where}.\n"

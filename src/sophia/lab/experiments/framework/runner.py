@@ -18,7 +18,7 @@ from sophia.lab.support.provenance import describe
 __all__ = ["RESULTS", "draw", "folder_of", "run"]
 
 RESULTS = Path("results/experiments")
-"""Where records lie in a clone of the project; the picture beside them."""
+"""Where records lie in a clone of the project; the picture beside them, unless another place is given."""
 
 
 def folder_of(name: str, out: Path, *, quick: bool = False) -> Path:
@@ -45,16 +45,17 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, quick: bool = 
     return records
 
 
-def draw(experiment: Experiment, records: Records) -> Path:
-    """Write figure.png beside the records; the same records give the same bytes. Raises ``UsageError`` where
-    there is nothing to draw.
+def draw(experiment: Experiment, records: Records, path: Path | None = None) -> Path:
+    """Write the picture, figure.png beside the records unless given another name; the same records give the
+    same bytes. Raises ``UsageError`` where there is nothing to draw.
     """
     if not records.rows:
         raise UsageError(
             f"{records.folder} holds no records of {experiment.name}. Write: sophia experiment "
             f"{experiment.name}"
         )
-    path = records.folder / "figure.png"
+    path = records.folder / "figure.png" if path is None else path
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = experiment.draw(records)
         FigureCanvasAgg(figure)

@@ -1,0 +1,44 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sophia.lab import experiments
+from sophia.lab.experiments.framework import runner
+from sophia.lab.experiments.framework.progress import Progress
+from sophia.lab.experiments.framework.records import Records
+from sophia.lab.jobs import evaluate
+
+RESULTS = Path(__file__).parents[3] / "results" / "experiments"
+
+
+class Asked(Exception):
+    """A case that would be run."""
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the records are not in the source distribution")
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_what_is_recorded_is_not_run_again(name, tmp_path, monkeypatch):
+    """A command that trains for an hour what the record holds, and changes the record."""
+    shutil.copytree(RESULTS / name, tmp_path / name)
+    files = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+    left = Records.left
+
+    def refuse(self, cases, progress):
+        for case in left(self, cases, progress):
+            raise Asked(case)
+        yield from ()
+
+    def refuse_to_add(self, case, **result):
+        raise Asked(case)
+
+    monkeypatch.setattr(Records, "left", refuse)
+    monkeypatch.setattr(Records, "add", refuse_to_add)
+    monkeypatch.setattr(evaluate, "require", lambda what: None)
+    monkeypatch.chdir(tmp_path)  # an experiment that reads other records of a clone has to have its rows too
+    records = runner.run(experiments.find(name), tmp_path, Progress())
+    assert records.finished
+    assert {path: path.read_bytes() for path in files} == files
+    assert {path.name for path in (tmp_path / name).rglob("*")} - {"lock"} <= {
+        part for path in files for part in path.parts
+    }
