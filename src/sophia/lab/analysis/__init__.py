@@ -1,1 +1,1 @@
-"""What records establish: speed-ups, intervals, verdicts. Records are its only input: no training here."""
+"""Analysis of records: intervals, speed-ups, verdicts. Records are its only input; nothing is trained."""

@@ -1,4 +1,4 @@
-"""What a step costs, and a speed-up in steps turned into a speed-up in any cost.
+"""Ratio of the costs of a step, and a speed-up in steps turned into a speed-up in any cost.
 
     speed-up in a cost = speed-up in steps * (baseline's cost of a step) / (contender's cost of a step)
 

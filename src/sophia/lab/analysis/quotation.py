@@ -1,4 +1,4 @@
-"""The sentence to quote: a verdict together with what it holds for, and where the numbers come from."""
+"""Quotable sentence: a verdict with the setting it holds for, and where the numbers come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a comparison, read back without trusting them.
+"""Reader of a comparison's records, which trusts nothing in them.
 
 A folder may come from somebody else, with its runs in folders or in a pack: names are held to an allow-list
 before they become paths, links that lead out of the folder are refused, and a line, file or number that
@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a comparison set out to do, and what it has recorded."""
+    """Plan and records of a comparison."""
 
     preset: str
     contenders: tuple[str, ...]

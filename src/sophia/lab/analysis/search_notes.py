@@ -1,4 +1,4 @@
-"""What a protocol says about where its settings come from: whether any were searched, and which lie at an
+"""Notes on the search behind a protocol's settings: whether there was one, and which settings lie at an
 edge.
 """
 

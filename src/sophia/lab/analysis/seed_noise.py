@@ -1,4 +1,4 @@
-"""How far chance alone moves a loss, and the interval that follows for any comparison of losses.
+"""Seed noise of end losses, and confidence intervals of their contrasts.
 
 A run's end loss y depends on contender c, budget b and seed s:
 
@@ -58,7 +58,7 @@ Weights = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Noise:
-    """Spread of end losses that chance explains, in nats."""
+    """Standard deviations of end losses between seeds, in nats."""
 
     rest: float
     """Standard deviation of what a seed does to one contender alone."""

@@ -1,4 +1,4 @@
-"""Configurations side by side: which settings differ between contenders, and which are the same for all."""
+"""Table of settings: which differ between contenders, and which are the same for all."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ __all__ = ["Reach", "reach"]
 
 @dataclass(frozen=True)
 class Reach:
-    """What one contender needs for the target."""
+    """Steps of one contender to the target, with an interval."""
 
     contender: str
     budget: int | None
@@ -56,7 +56,7 @@ class Reach:
 
 
 def reach(rows: Sequence[Row], ends: Ends, contender: str, target: float, noise: Noise) -> Reach:
-    """What the contender needs for a loss of ``target`` nats."""
+    """Steps that the contender needs for a loss of ``target`` nats."""
     mine = sorted((r for r in rows if r.contender == contender and r.loss is not None), key=lambda r: r.steps)
     budget = next((r.steps for r in mine if r.loss is not None and r.loss <= target and not r.diverged), None)
     first, last = (mine[0].steps, mine[-1].steps) if mine else (0, 0)

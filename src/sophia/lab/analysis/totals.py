@@ -1,4 +1,4 @@
-"""What the runs of a comparison came to: end losses and costs by budget, costs of a step, the sum of all."""
+"""Totals of a comparison: end losses and costs by budget, costs of a step, sum over all runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step of one contender costs, mean over its finished runs; None where nothing was recorded."""
+    """Costs of a step of one contender, mean over its finished runs; None where nothing was recorded."""
 
     contender: str
     gradient_evaluations: float | None
@@ -60,7 +60,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Spent:
-    """What all runs that have ended took together. A part that was trained once for several budgets, as
+    """Sum over all runs that have ended. A part that was trained once for several budgets, as
     older records have it, is counted once.
     """
 

@@ -1,4 +1,4 @@
-"""Verdicts: what the records of a comparison establish, and no more.
+"""Verdicts on contenders from the records of a comparison.
 
 `summarise` reads the records and returns rows (contender x budget) and, for each contender, a verdict
 against the baseline: the paired difference of end losses at the largest budget with its interval, the
@@ -16,7 +16,15 @@ from pathlib import Path
 
 from sophia.lab.analysis.cost_ratio import COSTS, cost_ratio, in_cost
 from sophia.lab.analysis.read_records import Evidence, Run, read_evidence
-from sophia.lab.analysis.seed_noise import Estimate, Noise, contrast, pooled_noise, resolvable, seeds_needed
+from sophia.lab.analysis.seed_noise import (
+    OWN_SEEDS,
+    Estimate,
+    Noise,
+    contrast,
+    pooled_noise,
+    resolvable,
+    seeds_needed,
+)
 from sophia.lab.analysis.speedup import Curve, Ratio, curve_of, speedup
 from sophia.lab.analysis.steps_to_target import Reach, reach
 from sophia.lab.analysis.totals import Row, Spent, StepCost, ends_of, spent, step_costs
@@ -85,7 +93,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything the table and the report say about a comparison."""
+    """Results of a comparison: everything that the table and the report say."""
 
     evidence: Evidence
     rows: tuple[Row, ...]
@@ -125,6 +133,8 @@ def summarise(folder: Path) -> Summary:
 
 def judge(evidence: Evidence) -> Summary:
     """The summary of records that have been read."""
+    # Noise is pooled over the cells of all contenders, so each verdict rests on all finished runs. A diverged
+    # run has no end loss and is counted in the rows alone.
     ends = {(r.contender, r.steps, r.seed): loss for r in evidence.runs if (loss := _end_loss(r)) is not None}
     noise = pooled_noise(ends, linked=evidence.linked)
     rows = ends_of(evidence)
@@ -165,6 +175,8 @@ def _verdict(
     own, other = at_end.get(contender), at_end.get(baseline)
     difference = contrast(ends, {(contender, largest): 1.0, (baseline, largest): -1.0}, noise)
     word = {1: "slower", -1: "faster", 0: "not distinguishable"}[difference.sign if difference else 0]
+    # In this order: a divergence outweighs what the other seeds say, the contender's own before the
+    # baseline's, and only then does it matter that a pair of seeds is missing.
     if own is not None and own.diverged:
         word = "unstable"
     elif other is not None and other.diverged:
@@ -199,6 +211,8 @@ def _speedups(
     runs = {(r.contender, r.steps, r.seed): r for r in evidence.runs if r.status == "finished"}
     found = []
     for key, words in COSTS:
+        # By the steps that were done, in pairs of one seed and budget: a slow hour of the machine slows both
+        # members of a pair.
         pairs = []
         for (name, budget, seed), run in runs.items():
             partner = runs.get((evidence.baseline, budget, seed))
@@ -222,6 +236,7 @@ def _speedups(
 def _half_budget(
     evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: Noise, contender: str, largest: int
 ) -> HalfBudget | None:
+    # Budgets are whole steps, so half of an odd one may be off by one; a hundredth is let pass.
     half = next((b for b in evidence.budgets if abs(2 * b - largest) <= 0.01 * largest), None)
     cells = ((contender, half), (evidence.baseline, largest))
     if half is None or any(r.status == "diverged" and (r.contender, r.steps) in cells for r in evidence.runs):
@@ -239,7 +254,8 @@ def _power(evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: N
     seeds = sum((c, b) == (evidence.baseline, largest) for c, b, _ in ends)
     if noise.degrees == 0 or seeds == 0:
         return power_sentence(RESOLVE, seeds, None, None)
-    degrees = float(noise.degrees if seeds < 5 else seeds - 1)
+    # From five seeds on (`OWN_SEEDS`) an interval is made of a contender's own seeds, below that of the pool.
+    degrees = float(noise.degrees if seeds < OWN_SEEDS else seeds - 1)
     return power_sentence(
         RESOLVE, seeds, resolvable(noise, seeds, degrees), seeds_needed(noise, RESOLVE, at_least=seeds)
     )

@@ -1,4 +1,4 @@
-"""The words of a verdict: numbers rounded so that the rounding neither hides nor adds a claim."""
+"""Sentences of a verdict: numbers rounded so that the rounding neither hides nor adds a claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sophia.lab.analysis.speedup import Ratio
 
 
 class Counted(Protocol):
-    """What a row of the table says about its runs."""
+    """Counts of runs in a row of the table."""
 
     @property
     def finished(self) -> int: ...
@@ -22,7 +22,7 @@ class Counted(Protocol):
 
 
 class Costs(Protocol):
-    """What was spent."""
+    """Sums of costs."""
 
     @property
     def runs(self) -> int: ...
@@ -187,7 +187,7 @@ def half_budget_sentence(
 
 
 def power_sentence(target: float, seeds: int, now: float | None, needed: int | None) -> str:
-    """What these seeds can establish, and how many more would resolve `target` nats."""
+    """Smallest difference that these seeds can establish, and how many more would resolve `target` nats."""
     if now is None:
         return "One finished pair or less cannot tell noise from effect: run at least 2 seeds."
     text = (
@@ -201,7 +201,7 @@ def power_sentence(target: float, seeds: int, now: float | None, needed: int | N
 
 
 def spent_sentence(spent: Costs) -> str:
-    """What a whole comparison took; what budgets share is counted once."""
+    """Costs of a whole comparison; what budgets share is counted once."""
     shared = (
         f"; {spent.shared_steps:,.0f} steps that budgets share were done once" if spent.shared_steps else ""
     )

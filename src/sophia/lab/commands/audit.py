@@ -1,4 +1,4 @@
-"""`sophia audit`: is it Sophia? The measuring is in ``sophia.lab.jobs.audit``."""
+"""Options of `sophia audit`; implemented in ``sophia.lab.jobs.audit``."""
 
 from __future__ import annotations
 

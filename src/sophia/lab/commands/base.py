@@ -1,4 +1,4 @@
-"""What the command line asks of a subcommand."""
+"""Interface of a subcommand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Command"]
 
 
 class Command(Protocol):
-    """Options as fields, whose texts are the help, and what to do with them."""
+    """Options as fields, whose texts are the help, and a method that runs the command."""
 
     def run(self, command: str) -> int:
         """Do it and return the exit code. ``command`` is the command line without --resume, to be shown after

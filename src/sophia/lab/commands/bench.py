@@ -1,4 +1,4 @@
-"""`sophia bench`: what an optimizer costs on this machine. The measuring is in ``sophia.lab.bench``."""
+"""Options of `sophia bench`; implemented in ``sophia.lab.bench``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia claims`: the page of claims from the records of the experiments."""
+"""Options of `sophia claims`: the page of claims from the records of the experiments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia compare`: its options; the deed is in ``sophia.lab.jobs.compare``."""
+"""Options of `sophia compare`; implemented in ``sophia.lab.jobs.compare``."""
 
 from __future__ import annotations
 

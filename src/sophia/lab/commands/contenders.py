@@ -1,4 +1,4 @@
-"""`sophia contenders`: what can be compared, what a step of each costs, and what a search varies."""
+"""Options and table of `sophia contenders`: costs of a step and search spaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia doctor` among the other commands of the help; the doctor himself needs no lab."""
+"""Help entry of `sophia doctor`; the doctor command itself needs no lab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia evaluate`: few-shot accuracy of a trained run."""
+"""Options and table of `sophia evaluate`: few-shot accuracy of a trained run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia experiment`: the paper, claim by claim. The experiments are in ``sophia.lab.experiments``."""
+"""Options of `sophia experiment`; the experiments are in ``sophia.lab.experiments``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia pretrain`: its options; the deed is in ``sophia.lab.jobs.pretrain``."""
+"""Options of `sophia pretrain`; implemented in ``sophia.lab.jobs.pretrain``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia report`: the page, the pictures and the tables of a comparison again, from its records."""
+"""Options of `sophia report`: page, pictures and tables of a comparison from its records."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ __all__ = ["RunOptions"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a command trains on, where, and who is told. A subclass adds options of its own."""
+    """Common options of commands that train. A subclass adds its own."""
 
     preset: str | None = None
     """Protocol of the package: quick, tiny, small or million; quick unless given."""

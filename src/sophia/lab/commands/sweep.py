@@ -1,4 +1,4 @@
-"""`sophia sweep`: its options; the deed is in ``sophia.lab.jobs.sweep``."""
+"""Options of `sophia sweep`; implemented in ``sophia.lab.jobs.sweep``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sophia train`: its options; the deed is in ``sophia.lab.jobs.train``."""
+"""Options of `sophia train`; implemented in ``sophia.lab.jobs.train``."""
 
 from __future__ import annotations
 

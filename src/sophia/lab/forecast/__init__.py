@@ -1,1 +1,1 @@
-"""How long runs will take, and how much memory and disk, before they begin."""
+"""Forecasts of time, memory and disk, before runs begin."""

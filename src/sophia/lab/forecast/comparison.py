@@ -36,7 +36,7 @@ Paces = Mapping[str, Pace | str]
 
 @dataclass(frozen=True)
 class Remaining:
-    """What is left of a run."""
+    """Remaining part of a run."""
 
     run: Run
     step: int
@@ -65,7 +65,7 @@ class Remaining:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the runs that are left will take."""
+    """Time and disk of the runs that are left."""
 
     seconds: float
     """Of the runs whose contender was measured."""
@@ -76,7 +76,7 @@ class Forecast:
 
 
 def probes(runs: Sequence[Run], workers: int) -> list[Run]:
-    """The run of each contender whose pace is measured, so often that every worker is busy: alone it would
+    """Runs whose pace is measured: one of each contender, repeated until every worker is busy. Alone it would
     look faster than it will be.
     """
     firsts = list({run.optimizer.contender: run for run in reversed(runs)}.values())[::-1]
@@ -95,7 +95,7 @@ def paces(measured: Sequence[tuple[Run, Pace | str]]) -> Paces:
 
 
 def remaining(configs: Sequence[Run], runs: Path) -> list[Remaining]:
-    """What is left to be done of runs in this folder, in order."""
+    """Remaining parts of the runs in this folder that have no result, in order."""
     left = []
     for run in configs:
         record = Record(runs, run)

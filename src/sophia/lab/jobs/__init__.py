@@ -1,1 +1,1 @@
-"""What each subcommand does; its options are in ``commands``."""
+"""Work of each subcommand; its options are in ``commands``."""

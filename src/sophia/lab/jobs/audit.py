@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-call"
-"""Is it Sophia? Any optimizer is fed a problem whose curvature is known exactly, and its h is read from its
-steps.
+"""Audit of an optimizer: is it Sophia? It is fed a problem whose curvature is known exactly, and its h is
+read from its steps.
 
 The problem is one linear layer under a softmax: there the Gauss-Newton diagonal is the Hessian's, and it is
 ``mean over tokens of p (1 - p) x^2``. The optimizer is driven through many refreshes with learning rate 0, in
@@ -37,7 +37,7 @@ _B = SEQUENCES * LENGTH
 
 @dataclass(frozen=True)
 class Finding:
-    """What one way of calling the optimizer gave."""
+    """Result of one way of calling the optimizer."""
 
     case: str
     """How the loop was written."""

@@ -1,4 +1,4 @@
-"""What a trained model can do beside its loss: few-shot accuracy, by lm-evaluation-harness.
+"""Few-shot accuracy of a trained model, by lm-evaluation-harness.
 
 The harness is the optional extra ``eval``, and its numbers are its own: the same prompts, the same scoring as
 everybody's. A task is one that it ships, whose data come from a hub, or a YAML file in a folder of yours

@@ -1,4 +1,4 @@
-"""What a comparison shows while it goes on: one bar for all, and a line for each contender."""
+"""Progress display of a comparison: one bar for all runs, and a line for each contender."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forecast that `compare`, `sweep` and `train` print before they begin."""
+"""Forecast that `compare`, `sweep` and `train` print before they begin."""
 
 from __future__ import annotations
 

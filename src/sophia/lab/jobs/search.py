@@ -1,4 +1,4 @@
-"""A search with the same number of trials for every contender, each over its own declared space.
+"""Search with the same number of trials for every contender, each over its own declared space.
 
 The first trials are spread evenly over the space (a scrambled Halton sequence); the rest are proposed by
 Optuna's TPE from what has been seen. The rule, the space, the seed and the number of trials are fixed before
@@ -36,7 +36,7 @@ __all__ = ["Trial", "best", "rounds", "search"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One point and what came of it."""
+    """One point of the space, and the loss it gave."""
 
     contender: str
     number: int

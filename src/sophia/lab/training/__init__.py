@@ -1,1 +1,1 @@
-"""One run, and several at a time."""
+"""Training: one run, and several at a time."""

@@ -1,5 +1,4 @@
-"""The state of a run on disk: written whole or not at all, checked when read, the one before kept as a fall-
-back.
+"""Checkpoints of a run: written whole or not at all, checked when read, the one before kept as a fall-back.
 
 A file is a mark, the SHA-256 of the payload, and the payload as torch writes it. It is read with
 ``weights_only=True`` and in no other way: tensors, numbers and strings come out, never code, whoever the file
@@ -30,7 +29,7 @@ _CURRENT, _PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 class DamagedCheckpoint(UserWarning):
-    """A checkpoint could not be read, and an older one is used."""
+    """Warning: a checkpoint could not be read, and an older one is used."""
 
 
 def save(folder: Path, state: State) -> None:
@@ -43,7 +42,8 @@ def save(folder: Path, state: State) -> None:
     def write(file: Any) -> None:
         file.write(_MARK + hashlib.sha256(payload).digest() + payload)
 
-    # The new one gets a name of its own first: if the disk is full, both old ones stay as they are.
+    # The new one gets a name of its own first: if the disk is full, both old ones stay as they are. Between
+    # the two renames the previous one alone has a name that is read, and it is whole.
     fresh = folder / "checkpoint-new.pt"
     write_atomically(fresh, write)
     if current.exists():

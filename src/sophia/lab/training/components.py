@@ -22,7 +22,7 @@ __all__ = ["Components", "components", "gradients", "held_out_loss"]
 
 @dataclass(frozen=True)
 class Components:
-    """What a run trains, and with what."""
+    """Model, optimizer and held-out text of a run."""
 
     run: Run
     team: Solo

@@ -1,4 +1,4 @@
-"""One run, read from top to bottom. No optimizer's name appears here: a contender is a row in a table."""
+"""Training loop of one run. No optimizer's name appears here: a contender is a row in a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Progress", "train"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; sent at every row of its log."""
+    """Progress report of a run, sent at every row of its log."""
 
     step: int
     loss: float

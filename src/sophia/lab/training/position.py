@@ -27,7 +27,7 @@ class Clock:
 
 @dataclass
 class Position:
-    """Where a run is: what a checkpoint holds beside the model, the optimizer and the random states."""
+    """Counters of a run: what a checkpoint holds beside the model, the optimizer and the random states."""
 
     step: int = 0
     """Optimizer steps done."""

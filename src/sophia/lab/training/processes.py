@@ -1,4 +1,4 @@
-"""The processes of one run: alone, or several with a copy each (DDP) or a shard each (FSDP2).
+"""Processes of one run: one alone, or several with a copy each (DDP) or a shard each (FSDP2).
 
 The training loop asks a team for the few things in which these differ. `Solo` does nothing; the others need
 ``torch.distributed`` to be initialised, as ``torchrun`` makes it possible: see `assemble`.
@@ -93,7 +93,7 @@ class Solo:
 
 
 class _Several(Solo):
-    """What copies and shards have in common."""
+    """Base of copies and shards: collectives over all processes."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -119,6 +119,7 @@ class _Several(Solo):
 
     def mean(self, values: list[float]) -> list[float]:
         device = "cuda" if self._dist.get_backend() == "nccl" else "cpu"
+        # In float64: a sum of float32 losses over many processes would lose digits that one process keeps.
         total = torch.tensor(values, dtype=torch.float64, device=device)
         self._dist.all_reduce(total)
         return [float(v) for v in total / self.size]

@@ -1,4 +1,4 @@
-"""What a run leaves: a folder named by the hash of its configuration, the only truth about it.
+"""Folder of a run's records, named by the hash of its configuration.
 
 ``config.json``     the configuration
 ``log.jsonl``       one row a line, {"kind": "train" | "eval", "step": ..., ...}; only ever appended to
@@ -31,7 +31,7 @@ __all__ = ["Record", "Silent", "rows"]
 
 
 class Record:
-    """The folder of one run."""
+    """Records of one run, in a folder of its own."""
 
     def __init__(self, runs: Path, config: Run) -> None:
         self.config = config
@@ -140,7 +140,7 @@ class Record:
 
 
 class Silent(Record):
-    """For the other processes of a run: reads what is there, writes nothing."""
+    """Records for the other processes of a run: reads what is there, writes nothing."""
 
     def open(self) -> None:
         """Leave it to the first process."""

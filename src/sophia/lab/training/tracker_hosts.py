@@ -1,5 +1,5 @@
-"""The trackers of the package. Each imports what it needs when it is made, and none talks to a network unless
-the user's environment tells it to.
+"""Trackers of the package: TensorBoard, W&B, trackio. Each imports what it needs when it is made, and none
+talks to a network unless the user's environment tells it to.
 """
 
 from __future__ import annotations

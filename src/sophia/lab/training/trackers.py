@@ -1,4 +1,4 @@
-"""What hears of a run beside its records: TensorBoard, W&B, trackio, or a class of the user's.
+"""Experiment trackers that get a run's curves: TensorBoard, W&B, trackio, or a class of the user's.
 
 The records stay the truth, and a tracker is a copy: it gets every row of a run's log once and in order, also
 if the run was killed and does some steps again, or if the tracker joins when the run is half done. For that
@@ -77,12 +77,12 @@ class Tracker(Protocol):
 
 
 class TrackerFailed(UserWarning):
-    """A tracker raised while a run went on; the run goes on without it."""
+    """Warning: a tracker raised, and the run goes on without it."""
 
 
 @dataclass(frozen=True)
 class Trackers:
-    """Which trackers the runs of a command have; none unless given."""
+    """Trackers of the runs of a command; none unless given."""
 
     names: tuple[str, ...] = ()
     """Of `NAMES`, or ``module:Class``."""

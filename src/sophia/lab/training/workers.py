@@ -1,4 +1,4 @@
-"""Several runs at a time, each on cores of its own.
+"""Worker processes: several runs at a time, each on cores of its own.
 
 Small models gain little from a second thread and lose much when another program wants the core that it spins
 on, so runs share a machine better as processes of one thread. A worker does one run after the other; one that
@@ -37,7 +37,7 @@ ATTEMPTS = 3
 
 
 class Events:
-    """What one wants to hear of while runs go on; the methods do nothing unless overridden."""
+    """Callbacks while runs go on; they do nothing unless overridden."""
 
     def progress(self, run: Run, step: int, loss: float, unclipped: float | None) -> None:
         """A run got as far as this step."""
@@ -60,7 +60,7 @@ class _Worker:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -208,8 +208,8 @@ def execute(
 
 
 def _work(connection: Connection, runs: Path, save_every: int, trackers: Trackers) -> None:
-    """The life of a worker: receive a run, do it or measure its pace, say how that ended; until nobody
-    listens any more.
+    """Main function of a worker: receive a run, do it or measure its pace, report how that ended, until the
+    connection closes.
     """
     from sophia.lab.data.tokens import open_cached
     from sophia.lab.training.loop import Progress, train
