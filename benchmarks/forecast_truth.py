@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import records
 import torch
 
 from sophia.lab.data import corpus, tokens
 from sophia.lab.forecast import comparison
 from sophia.lab.protocols import plan, protocol_file
 from sophia.lab.support import provenance
+from sophia.lab.support.json_lines import append_line
 from sophia.lab.training.workers import Crew, Events
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     }
     print(f"It took {seconds:.0f} s and {disk:,} bytes.")
     if options.records:
-        records.append(options.records, row)
+        append_line(options.records, row)
 
 
 if __name__ == "__main__":

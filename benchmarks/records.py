@@ -1,8 +1,7 @@
-"""The records that the measurements leave: one JSON file, or a line for each run as it ends."""
+"""The JSON file that a measurement leaves."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -23,15 +22,3 @@ def write(path: Path | None, *, threads: int, **fields: Any) -> None:
         "environment": provenance.describe(threads=threads, device="cpu"),
     }
     files.write_json(path, {**about, **fields})
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that grows by a line a run; none if it is not there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, on disk before the next run begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")

@@ -144,3 +144,16 @@ def test_texts_in_the_package_name_files_that_exist():
         if name not in known | {"prepare.py"}  # nanoGPT's
     }
     assert not lost
+
+
+def test_every_study_says_its_question_its_command_and_its_record():
+    """A script whose answer nobody finds, or a record whose command nobody knows."""
+    readme = ROOT / "studies" / "own_rules" / "README.md"
+    text = readme.read_text()
+    scripts = {path.name for path in readme.parent.glob("*.py")} - {"cells.py"}
+    assert set(re.findall(r"`python studies/own_rules/(\w+\.py)", text)) == scripts
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 10
+    assert not [link for link in links if not (readme.parent / link).exists()]
+    named = re.findall(r"(?:studies|results)/[\w/.-]+", text)
+    assert not [path for path in named if not (ROOT / path).exists()]

@@ -159,11 +159,12 @@ def test_a_protocol_comes_back_from_its_file(entries, about, target):
     assert again.hash == protocol.hash
 
 
-COMMITTED = sorted((Path(__file__).parents[3] / "results").rglob("*.toml"))
+ROOT = Path(__file__).parents[3]
+COMMITTED = sorted(path for folder in ("results", "studies") for path in (ROOT / folder).rglob("*.toml"))
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=[path.parent.name for path in COMMITTED])
-def test_the_protocols_of_the_records_are_still_read(path):
+@pytest.mark.parametrize("path", COMMITTED, ids=["/".join(path.parts[-2:]) for path in COMMITTED])
+def test_the_protocols_of_records_and_studies_are_still_read(path):
     """Else a search that took hours could not be compared with again."""
     protocol_file.load(path)
 

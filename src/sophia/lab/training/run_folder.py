@@ -13,7 +13,6 @@ folder of runs.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from sophia.lab.records.stored_run import StoredRun, read_run
 from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.files import checked_name, out_of_space_named, plain, read_json, write_json
+from sophia.lab.support.json_lines import append_line, whole_lines
 
 __all__ = ["Record", "Silent", "rows"]
 
@@ -98,18 +98,12 @@ class Record:
 
     def attempt(self, **what: int | str) -> None:
         """Note that the run was started, and where, or that it failed, and why."""
-        with (
-            out_of_space_named(self.log),
-            (self.folder / "attempts.jsonl").open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(what) + "\n")
+        append_line(self.folder / "attempts.jsonl", what)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to the log, and tell the listeners. Numbers that are not finite become null."""
         written: dict[str, Any] = plain(dict(row))
-        line = json.dumps(written, allow_nan=False) + "\n"
-        with out_of_space_named(self.log), self.log.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_line(self.log, written)
         for listen in self.listeners:
             listen(written)
 
@@ -171,9 +165,4 @@ def _is_of(stored: StoredRun, config: Run) -> bool:
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of the log in a run's folder. A last line that a kill cut short is left out."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+    return whole_lines(folder / "log.jsonl")

@@ -10,7 +10,6 @@ An experiment that trains keeps its runs beside them, in ``runs/<hash>`` (see
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.support.errors import LabError
-from sophia.lab.support.files import out_of_space_named, plain, read_json, write_json
+from sophia.lab.support.files import plain, read_json, write_json
+from sophia.lab.support.json_lines import append_line, whole_lines
 
 __all__ = ["Case", "Records", "Row"]
 
@@ -53,10 +53,8 @@ class Records:
         self._environment: dict[str, Any] | None = None
         self.rows: list[Row] = []
         self._done: set[str] = set()
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # a last line that a kill cut short is done again
-                    self._keep(Row(**json.loads(line)))
+        for row in whole_lines(self._path):  # a last line that a kill cut short is done again
+            self._keep(Row(**row))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -99,13 +97,8 @@ class Records:
             raise ValueError(f"the case {dict(case)} has a row already: ask left() which ones have none")
         self._note_environment()
         row = {"case": dict(case), "result": plain(result)}
-        line = json.dumps(row, allow_nan=False) + "\n"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with out_of_space_named(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self._keep(Row(**json.loads(line)))
+        append_line(self._path, row, sync=True)
+        self._keep(Row(**_read_back(row)))
 
     def open(self, name: str, *, version: int, quick: bool, environment: Mapping[str, Any]) -> None:
         """Begin, or go on. Raises ``LabError`` if the rows there are another experiment's or another

@@ -1,6 +1,6 @@
 """What m and h in bfloat16 do to a training run: end losses over paired seeds.
 
-    python benchmarks/state_trajectory.py OUT.jsonl [--steps 400] [--seeds 1 2 3 4 5]
+    python studies/own_rules/state_trajectory.py OUT.jsonl [--steps 400] [--seeds 1 2 3 4 5]
 
 Sophia-G with the settings of the "quick" preset (0.7M parameters, 16 x 64 tokens a step), with state in
 float32 and in bfloat16. A run's loss is the held-out loss at its end. Appends a line for each run to
@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import records
 import torch
 
 from sophia import Sophia
@@ -24,6 +23,7 @@ from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.optimizers import sophia
 from sophia.lab.protocols import protocol_file
 from sophia.lab.support import provenance
+from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.lab.training import loop
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,8 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = records.lines(options.out)
+    rows = list(whole_lines(options.out))
     protocol = protocol_file.chosen("quick", None)
     text = corpus.load("sotu")
     ids = tokens.encode(text)
@@ -63,7 +62,7 @@ def main() -> None:
                 "commit": provenance.describe(threads=1, device="cpu")["commit"],
             }
             rows.append(row)
-            records.append(options.out, row)
+            append_line(options.out, row)
     ends = {(row["state"], row["steps"], row["seed"]): row["loss"] for row in rows}
     for steps in sorted({row["steps"] for row in rows}):
         found = contrast(ends, {("bfloat16", steps): 1.0, ("float32", steps): -1.0}, pooled_noise(ends))

@@ -1,5 +1,5 @@
-"""Models and batches of the yardstick's cells, for ``sophia bench --model cells:large_batch`` (run in this
-folder). The tokens are random: a step's cost does not depend on them.
+"""Models and batches of the comparisons in ``protocols``, for ``sophia bench --model cells:large_batch`` (run
+in this folder). The tokens are random: a step's cost does not depend on them.
 """
 
 import torch

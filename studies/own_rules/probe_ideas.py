@@ -1,6 +1,6 @@
-"""Ideas beyond the two rules, one at a time, on the yardstick's small cell: a direction, not evidence.
+"""Ideas beyond the two rules, one at a time, on a small model: a direction, not evidence.
 
-    python benchmarks/probe_ideas.py PROTOCOL.toml OUT.jsonl [STEPS] [WORD]
+    python studies/own_rules/probe_ideas.py PROTOCOL.toml OUT.jsonl [STEPS] [WORD]
 
 The settings are the protocol's for both rules, the seeds its own; an idea is run on the next seed only after
 all were run on the one before. Appends a line for each run as it ends; what is in the file is not made again.
@@ -9,15 +9,14 @@ WORD: only ideas whose name contains it.
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import records
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.models import build
 from sophia.lab.optimizers.pair import Pair
 from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.step import rules
 from sophia.update_rule import polar
 
@@ -184,15 +184,22 @@ def main(protocol_file: Path, out: Path, steps: int, word: str) -> None:
     protocol = protocol_files.load(protocol_file)
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
-    done = {(row["idea"], row["seed"], row["steps"]) for row in records.lines(out)}
+    done = {(row["idea"], row["seed"], row["steps"]) for row in whole_lines(out)}
     for seed in protocol.seeds:
         for idea in IDEAS:
             if word in idea and (idea, seed, steps) not in done:
                 row = run(idea, protocol, text, ids, seed, steps)
-                records.append(out, row)
+                append_line(out, row)
                 print(f"{idea}, seed {seed}: {row['loss']}", flush=True)
 
 
 if __name__ == "__main__":
-    rest = sys.argv[3:] + ["200", ""][len(sys.argv) - 3 :]
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(rest[0]), rest[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("steps", type=int, nargs="?", default=200)
+    parser.add_argument("word", nargs="?", default="")
+    options = parser.parse_args()
+    main(options.protocol, options.out, options.steps, options.word)

@@ -1,6 +1,6 @@
 """The tables of docs/research.md, as Markdown, from the records of comparisons.
 
-    python benchmarks/yardstick_tables.py [--baseline NAME] results/comparisons/half-million [...]
+    python studies/own_rules/tables.py [--baseline NAME] results/comparisons/half-million [...]
 
 For every contender: mean end loss and standard deviation over seeds at each budget, the difference at the
 largest with its 90% interval, and the speed-up over the baseline at equal loss in steps and in processor

@@ -1,6 +1,6 @@
 """What each part of the spectral and the damped rule is worth: one at a time taken out, over paired seeds.
 
-    python benchmarks/ablate_own_rules.py PROTOCOL.toml OUT.jsonl [STEPS]
+    python studies/own_rules/ablate_own_rules.py PROTOCOL.toml OUT.jsonl [STEPS]
 
 The settings are those of the protocol for both rules. Appends a line for each run to OUT.jsonl as it ends; a
 run that is in the file is not made again. One thread.
@@ -8,20 +8,20 @@ run that is in the file is not made again. One thread.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import records
 import torch
 from torch import Tensor
 
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.protocols import protocol_file as protocol_files
+from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.lab.training import loop
 from sophia.step.polar import polar_of
 from sophia.step.rules import DAMPED, RULES, SPECTRAL, Rule, StepSettings
@@ -68,7 +68,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
     protocol = protocol_files.load(protocol_file)
     text = corpus.load(protocol.data)
     ids = tokens.encode(text)
-    done = {(row["part"], row["seed"], row["steps"]) for row in records.lines(out)}
+    done = {(row["part"], row["seed"], row["steps"]) for row in whole_lines(out)}
     for seed in protocol.seeds:
         for part, (contender, settings, rule) in PARTS.items():
             if (part, seed, steps) in done:
@@ -92,9 +92,16 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
                 "loss": result["loss"],
                 "settings": named.settings,
             }
-            records.append(out, row)
+            append_line(out, row)
             print(f"{part}, seed {seed}: {result['loss']}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 200)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("steps", type=int, nargs="?", default=200)
+    options = parser.parse_args()
+    main(options.protocol, options.out, options.steps)

@@ -1,21 +1,20 @@
 """How far hidden matrices should move beside the rest, at several widths: a direction, not evidence.
 
-    python benchmarks/probe_proportions.py PROTOCOL.toml OUT.jsonl [WIDTH ...]
+    python studies/own_rules/probe_proportions.py PROTOCOL.toml OUT.jsonl [WIDTH ...]
 
-The yardstick's small cell with wider models, 200 steps, the protocol's first seed and its settings but for
-the rates: one for hidden matrices, one for the rest. Appends a line for each run as it ends; what is in the
+The protocol's model and wider ones, 200 steps, the protocol's first seed and its settings but for the
+rates: one for hidden matrices, one for the rest. Appends a line for each run as it ends; what is in the
 file is not made again.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import records
 from probe_ideas import Made, nothing, rule, trained
 from torch import nn
 
@@ -24,6 +23,7 @@ from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.optimizers import adamw, adamw_apart
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.lab.support import provenance
+from sophia.lab.support.json_lines import append_line, whole_lines
 
 STEPS = 200
 
@@ -109,7 +109,7 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
     ids = tokens.encode(text)
     data = Data(text.name, text.sha256, vocabulary.SHA256)
     commit = provenance.describe(threads=1, device="cpu")["commit"]
-    known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in records.lines(out)}
+    known = {(r["width"], r["contender"], r["rest"], r["hidden"]) for r in whole_lines(out)}
     for width in widths:
         wider = replace(protocol, model=replace(protocol.model, width=width))
         for contender, rest, hidden in POINTS[width]:
@@ -121,9 +121,16 @@ def main(protocol_file: Path, out: Path, widths: list[int]) -> None:
             row |= {"cpu_seconds": seconds, "seed": config.seed}
             settings = {k: v for k, v in config.optimizer.settings.items() if "lr" not in k}
             row |= {"settings": {**settings, "warmup_steps": config.schedule.warmup}}
-            records.append(out, {**row, "commit": commit})
+            append_line(out, {**row, "commit": commit})
             print(f"{contender} {width}: {rest} and {hidden}: {loss}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(word) for word in sys.argv[3:]] or list(POINTS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("protocol", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("width", type=int, nargs="*", default=list(POINTS))
+    options = parser.parse_args()
+    main(options.protocol, options.out, options.width)

@@ -1,7 +1,7 @@
 """What the rules do inside: shares of coordinates, sizes of steps, noise, rare tokens; by kind of tensor.
 
-    python benchmarks/inside_the_rules.py PROTOCOL.toml OUT.jsonl [STEPS]      # about 3 minutes on one core
-    python benchmarks/inside_the_rules.py --draw OUT.jsonl PICTURE.png
+    python studies/own_rules/inside_the_rules.py PROTOCOL.toml OUT.jsonl [STEPS]   # 3 minutes on one core
+    python studies/own_rules/inside_the_rules.py --draw OUT.jsonl PICTURE.png
 
 Trains each contender below with the settings of the protocol on its first seed, and writes
 
@@ -19,9 +19,9 @@ kind "noise", at three points: the noise scale tr(Sigma) / |G|^2 in tokens (McCa
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -246,20 +246,26 @@ def draw(record: Path, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def main(arguments: list[str]) -> None:
-    """Train and write, or draw."""
-    if arguments[0] == "--draw":
-        draw(Path(arguments[1]), Path(arguments[2]))
-        return
-    out, steps = Path(arguments[1]), int(arguments[2]) if len(arguments) > 2 else 200
+def main(protocol: Path, out: Path, steps: int) -> None:
+    """Train and write."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w") as file:
         for name in CONTENDERS:
-            for row in train(name, Path(arguments[0]), steps):
+            for row in train(name, protocol, steps):
                 rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
                 file.write(json.dumps(rounded) + "\n")
             print(name, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--draw", action="store_true")
+    parser.add_argument("files", type=Path, nargs=2)
+    parser.add_argument("steps", type=int, nargs="?", default=200)
+    options = parser.parse_args()
+    if options.draw:
+        draw(*options.files)
+    else:
+        main(*options.files, options.steps)

@@ -1,6 +1,6 @@
 """Does warm-up-stable-decay order the contenders as a cosine does? From the records of two comparisons.
 
-    python benchmarks/schedules.py results/comparisons/schedule-cosine results/comparisons/schedule-wsd
+    python studies/own_rules/schedules.py results/comparisons/schedule-cosine results/comparisons/schedule-wsd
 
 The two must share contenders, seeds and budgets, and differ in the schedule alone. Each contender under each
 schedule is a cell of its own, and runs of one seed are paired: they start from the same weights and read the
