@@ -5,6 +5,7 @@ import random
 import pytest
 
 from sophia.lab.experiments import ablations
+from sophia.lab.experiments.framework.paired_losses import loss_differences
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.optimizers import table
 
@@ -91,7 +92,7 @@ def test_the_verdict_is_that_of_what_was_planted(tmp_path, effects, grid, word, 
     if "none, clip" in effects:  # what goes against a statement is named, not only that it was not shown
         assert ("none, clip ends below gnb, clip" in rest) == (effects["none, clip"] < 0)
     assert rest.startswith("none") == (not missing)
-    found = ablations.differences(records, "variant", ablations.BASE)
+    found = loss_differences(records.where(part="variant"), "name", ablations.BASE)
     for name, effect in effects.items():
         if name in found:
             assert found[name].value == pytest.approx(effect, abs=0.01)

@@ -15,9 +15,10 @@ from math import inf
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.analysis.seed_noise import Estimate
 from sophia.lab.config.run import Model, Setting
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.paired_losses import loss_differences
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.experiments.framework.small_runs import Bench, Shape
@@ -27,7 +28,7 @@ from sophia.lab.support.dataclass_json import canonical
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BASE", "EXPERIMENT", "VARIANTS", "Variant", "differences", "winner"]
+__all__ = ["BASE", "EXPERIMENT", "VARIANTS", "Variant", "winner"]
 
 Point = dict[str, Setting]
 
@@ -177,26 +178,6 @@ def _about_k(base: Point, steps: int) -> list[tuple[str, Point]]:
     return found
 
 
-def differences(records: Records, part: str, base: str) -> dict[str, Estimate | None]:
-    """End loss of each name of a part minus that of ``base``, over paired seeds, with a 90% interval; None
-    where a run diverged. The noise is pooled over the part.
-    """
-    rows = records.where(part=part)
-    names = list(dict.fromkeys(row.case["name"] for row in rows))
-    lost = {row.case["name"] for row in rows if row.result["loss"] is None}
-    ends = {
-        (row.case["name"], 0, row.case["seed"]): float(row.result["loss"])
-        for row in rows
-        if row.case["name"] not in lost
-    }
-    noise = pooled_noise(ends)
-
-    def against(name: str) -> Estimate | None:
-        return None if {name, base} & lost else contrast(ends, {(name, 0): 1.0, (base, 0): -1.0}, noise)
-
-    return {name: against(name) for name in names if name != base}
-
-
 def at_edge(records: Records, name: str) -> list[str]:
     """Settings of a variant's winner at an end of their grid: the optimum may lie outside."""
     best, grid = winner(records, name), VARIANTS[name].grid
@@ -217,7 +198,7 @@ def _words(found: Mapping[str, Estimate | None], names: Sequence[str]) -> str:
 def verdict(records: Records) -> Verdict:
     """Four statements of the paper, each established, or not."""
     variants, ks, grid = (
-        differences(records, part, base)
+        loss_differences(records.where(part=part), "name", base)
         for part, base in (("variant", BASE), ("k", "k = 10"), ("grid", _grid_name(1, 0.9)))
     )
     # A variant whose every trial diverged has no runs and so no difference: worse than what can be measured.
@@ -264,9 +245,10 @@ def draw(records: Records) -> Figure:
 
     figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 1))
-    _forest(left, differences(records, "variant", BASE), f"Against {BASE}, nats a byte")
-    _forest(middle, differences(records, "k", "k = 10"), "Against k = 10, nats a byte")
-    found = differences(records, "grid", _grid_name(1, 0.9))
+    for ax, part, base in ((left, "variant", BASE), (middle, "k", "k = 10")):
+        against = loss_differences(records.where(part=part), "name", base)
+        _forest(ax, against, f"Against {base}, nats a byte")
+    found = loss_differences(records.where(part="grid"), "name", _grid_name(1, 0.9))
     values = [
         [
             0.0 if (g, b) == (1.0, 0.9) else e.value if (e := found.get(_grid_name(g, b))) else float("nan")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.data.tokens import Tokens
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.paired_losses import loss_differences
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.models import build
@@ -36,7 +36,7 @@ from sophia.refresh.seeds import generator
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BASE", "EXPERIMENT", "GROUPS", "differences"]
+__all__ = ["BASE", "EXPERIMENT", "GROUPS"]
 
 CONTENDER = "sophia-g"
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -160,23 +160,6 @@ def _relative_deviation(first: Tensor, second: Tensor, draws: int) -> Tensor:
     return variance.clamp_(min=0).sqrt_() / mean
 
 
-def differences(records: Records) -> dict[str, Estimate | None]:
-    """End loss of each way minus that of ``BASE``, over paired seeds, with a 90% interval."""
-    rows = records.where(part="loss")
-    lost = {row.case["way"] for row in rows if row.result["loss"] is None}
-    ends = {
-        (row.case["way"], 0, row.case["seed"]): float(row.result["loss"])
-        for row in rows
-        if row.case["way"] not in lost
-    }
-    noise = pooled_noise(ends)
-    names = [name for name in WAYS if name != BASE and records.where(part="loss", way=name)]
-    return {
-        name: None if {name, BASE} & lost else contrast(ends, {(name, 0): 1.0, (BASE, 0): -1.0}, noise)
-        for name in names
-    }
-
-
 def _of(records: Records, group: str, fraction: float, pairs: int) -> float:
     (row,) = records.where(part="noise", fraction=fraction, pairs=pairs)
     value = row.result[group]
@@ -185,7 +168,7 @@ def _of(records: Records, group: str, fraction: float, pairs: int) -> float:
 
 def verdict(records: Records) -> Verdict:
     """Whether an eighth, and a sixteenth, of the batch trains as well as the half."""
-    found = differences(records)
+    found = loss_differences(records.where(part="loss"), "way", BASE)
     losses = [row.result["loss"] for row in records.where(part="loss", way=BASE)]
     base = fmean(loss for loss in losses if loss is not None) if any(losses) else math.nan
 
@@ -233,7 +216,8 @@ def draw(records: Records) -> Figure:
     left.set_title(
         "Noise of one estimate (solid: four pairs of labels, dotted: one label)", loc="left", fontsize=10
     )
-    for place, e in enumerate(differences(records).values()):
+    found = loss_differences(records.where(part="loss"), "way", BASE)
+    for place, e in enumerate(found.values()):
         if e is None:
             right.text(0, place, " diverged", va="center", fontsize=9)
             continue
@@ -241,9 +225,8 @@ def draw(records: Records) -> Figure:
         low, high = (e.value, e.value) if e.low is None or e.high is None else (e.low, e.high)
         right.plot([low, high], [place, place], color=colour, lw=1.6)
         right.plot(e.value, place, "o", color=colour, ms=5)
-    names = list(differences(records))
     right.axvline(0, color="#999999", lw=0.8)
-    right.set_yticks(range(len(names)), names)
+    right.set_yticks(range(len(found)), list(found))
     right.invert_yaxis()
     right.grid(False, axis="y")
     right.set_title(f"End loss against {BASE}, nats a token, 90% intervals", loc="left", fontsize=10)

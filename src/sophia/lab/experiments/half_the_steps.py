@@ -7,7 +7,6 @@ and are read from there, if they are there.
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, log10, sqrt
@@ -26,6 +25,7 @@ from sophia.lab.experiments.framework.records import Records
 from sophia.lab.protocols import freeze, plan, protocol_file
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.dataclass_json import to_json
+from sophia.lab.support.toml_files import packaged
 from sophia.lab.training.loop import Progress as Trained
 from sophia.lab.training.loop import train
 
@@ -99,8 +99,7 @@ def _protocol(name: str, quick: bool) -> Protocol:
         return replace(tiny, name=name, budgets=(4, 8), model=model)
     if name in protocol_file.presets():
         return protocol_file.chosen(name, None)
-    folder = Path(str(importlib.resources.files("sophia.lab.experiments") / "protocols"))
-    return protocol_file.load(folder / f"{name}.toml")
+    return protocol_file.load(packaged("sophia.lab.experiments", "protocols")[name])
 
 
 def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bool) -> None:

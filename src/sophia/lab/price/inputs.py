@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from sophia.lab.optimizers import table
 from sophia.lab.price.bill import Gain, Known
 from sophia.lab.protocols import recipe
 from sophia.lab.support.errors import UsageError
+from sophia.lab.support.toml_files import packaged
 from sophia.lab.support.units import amount
 
 __all__ = ["HARDWARE", "examples", "find_inputs"]
@@ -26,8 +26,7 @@ _MACHINE = {"size", "batch", "context", "hardware", "peak", "utilisation", "devi
 
 def examples() -> dict[str, Path]:
     """The packaged examples: name and file. In it each value has its source as a comment."""
-    folder = Path(str(importlib.resources.files("sophia.lab.price") / "examples"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return packaged("sophia.lab.price", "examples")
 
 
 def find_inputs(options: Mapping[str, Any], example: str | None = None) -> tuple[dict[str, Known], Gain]:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from sophia.lab.protocols.protocol import Protocol
-from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.dataclass_json import to_json
 from sophia.lab.support.errors import UsageError
+from sophia.lab.support.toml_files import from_toml, packaged
 
 __all__ = ["chosen", "load", "presets", "text_of"]
 
 
 def presets() -> dict[str, Path]:
     """The packaged protocols: name and file."""
-    folder = importlib.resources.files("sophia.lab.protocols") / "presets"
-    return {path.stem: path for path in sorted(Path(str(folder)).glob("*.toml"))}
+    return packaged("sophia.lab.protocols", "presets")
 
 
 def load(path: Path) -> Protocol:
     """Read and check a file. Raises ``UsageError`` that names the file and what is wrong in it."""
+    protocol = from_toml(Protocol, path, page="docs/protocols.md")
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a protocol ({error}). "
-            "Give a TOML file; docs/protocols.md explains one."
-        ) from None
-    try:
-        protocol = from_json(Protocol, values)
         protocol.check()
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None

@@ -8,8 +8,6 @@ takes.
 
 from __future__ import annotations
 
-import importlib.resources
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,8 +22,9 @@ from sophia.lab.config.run import (
     Setting,
 )
 from sophia.lab.optimizers import table as contenders
-from sophia.lab.support.dataclass_json import checked_dataclass, from_json
+from sophia.lab.support.dataclass_json import checked_dataclass
 from sophia.lab.support.errors import UsageError
+from sophia.lab.support.toml_files import from_toml, packaged
 
 __all__ = ["Recipe", "find", "load", "recipes"]
 
@@ -111,22 +110,12 @@ class Recipe:
 
 def recipes() -> dict[str, Path]:
     """The packaged recipes by name, smallest first."""
-    folder = Path(str(importlib.resources.files("sophia.lab.protocols") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return packaged("sophia.lab.protocols", "recipes")
 
 
 def load(path: Path) -> Recipe:
     """Read and check a file. Raises ``UsageError`` that names the file and what is wrong in it."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read as a recipe ({error}). Give a TOML file; docs/recipes.md explains one."
-        ) from None
-    try:
-        return from_json(Recipe, values)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+    return from_toml(Recipe, path, page="docs/recipes.md")
 
 
 def find(name: str) -> Recipe:
