@@ -185,3 +185,16 @@ def test_arrays_by_name_need_names():
     opt = Sophia(ps, mode="manual")
     with pytest.raises(ValueError, match="does not know its parameters' names"):
         from_arrays(opt, {"a": 1}, {"a": 1}, step=1)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_frozen_parameters_need_no_arrays(by_name):
+    """Sophia holds them, but another implementation has no state for them."""
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    opt = Sophia(model)
+    m, h = torch.ones(2, 3), torch.full((2, 3), 2.0)
+    state = from_arrays(opt, {"weight": m} if by_name else [m], {"weight": h} if by_name else [h], step=20)
+    opt.load_state_dict(state)
+    assert set(opt.state) == {model.weight}
+    assert torch.equal(opt.state[model.weight]["hessian"], h)

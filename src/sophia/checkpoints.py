@@ -111,9 +111,11 @@ def from_arrays(
     """
     check_number("times", times, above=0.0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ms, hs = (_in_order(optimizer, arrays, len(parameters)) for arrays in (exp_avg, hessian))
+    ms, hs = (_in_order(optimizer, arrays, parameters) for arrays in (exp_avg, hessian))
     state: dict[int, dict[str, Tensor]] = {}
     for number, (parameter, m, h) in enumerate(zip(parameters, ms, hs, strict=True)):
+        if m is None and h is None:
+            continue  # frozen
         state[number] = {
             "exp_avg": _tensor(m, parameter, f"exp_avg {number}"),
             "hessian": _tensor(h, parameter, f"hessian {number}") * times,
@@ -151,28 +153,35 @@ def _not_official(seen: str, keys: Mapping[str, Any]) -> str:
 
 
 def _in_order(
-    optimizer: torch.optim.Optimizer, arrays: Mapping[str, Any] | Sequence[Any], count: int
+    optimizer: torch.optim.Optimizer,
+    arrays: Mapping[str, Any] | Sequence[Any],
+    parameters: Sequence[Tensor],
 ) -> list[Any]:
+    """An array for each parameter; None for frozen ones, which need none."""
     if not isinstance(arrays, Mapping):
-        if len(arrays) != count:
+        trained = [number for number, p in enumerate(parameters) if p.requires_grad]
+        if len(arrays) == len(parameters):
+            return list(arrays)
+        if len(arrays) != len(trained):
             raise ValueError(
-                f"{len(arrays)} arrays for {count} parameters: give one for each, in the order of the "
-                "parameters"
+                f"{len(arrays)} arrays for {len(parameters)} parameters: give one for each, in the order of "
+                "the parameters"
             )
-        return list(arrays)
+        by_number = dict(zip(trained, arrays, strict=True))
+        return [by_number.get(number) for number in range(len(parameters))]
     if any("param_names" not in group for group in optimizer.param_groups):
         raise ValueError(
             "the optimizer does not know its parameters' names, so arrays by name have no place: build it as "
             "Sophia(model), or give the arrays in the order of the parameters"
         )
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
-    missing = [name for name in names if name not in arrays]
+    missing = [n for n, p in zip(names, parameters, strict=True) if n not in arrays and p.requires_grad]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(names)} parameters have no array (first: {missing[:3]}; names given: "
             f"{sorted(arrays)[:3]}): use the names of model.named_parameters()"
         )
-    return [arrays[name] for name in names]
+    return [arrays.get(name) for name in names]
 
 
 def _tensor(array: Any, parameter: Tensor, what: str) -> Tensor:

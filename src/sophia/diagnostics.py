@@ -79,6 +79,8 @@ def advice(stats: Mapping[str, float]) -> str:
 
     >>> advice({"refreshes": 12, "skipped": 0, "unclipped": 0.72, "eps_limited": 0.0, "age": 3})
     'unclipped 0.72 > 0.5: close to a plain Newton step; lower gamma (halve it) or raise lr'
+    >>> advice({"refreshes": 1, "skipped": 0, "unclipped": 0.04, "eps_limited": 0.92, "h_zero": 0.92})
+    'h_zero 0.92: h is exactly 0 in 92% of the coordinates, where no refresh has seen anything yet ...'
     """
     if stats["refreshes"] == 0:
         return "h was never refreshed: this is sign momentum, not Sophia"
@@ -86,6 +88,15 @@ def advice(stats: Mapping[str, float]) -> str:
         return "most Hessian passes were skipped: look for overflow (fp16?) or fully masked batches"
     if stats.get("own_rule", 0.0) > 0.5:
         return ""  # the floor of the damped rule and the polar factor decide most steps there, by design
+    zero = stats.get("h_zero", 0.0)
+    # Neither eps nor gamma moves a denominator whose h is zero: these steps are of size lr whatever they are.
+    if zero > 0.5 and stats["eps_limited"] > 0.5:
+        return (
+            f"h_zero {zero:.2f}: h is exactly 0 in {zero:.0%} of the coordinates, where no refresh has seen "
+            "anything yet (rows of rare tokens, as a rule), and they move by sign momentum. It fills over "
+            f"the refreshes ({stats['refreshes']:.0f} so far); a larger fraction or a smaller update_every "
+            "fills it faster. gamma and eps cannot: set them by the rest"
+        )
     if stats["eps_limited"] > 0.5:
         return (
             f"eps_limited {stats['eps_limited']:.2f} > 0.5: eps decides most steps; lower eps or raise gamma"

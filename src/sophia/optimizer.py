@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Never, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,18 @@ from sophia.diagnostics import describe
 from sophia.distributed.shards import first_element, local
 from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
+from sophia.refresh.ownership import Orphans, in_no_group, nothing_to_train
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refresher import Refresher, check_ownership, is_due, staleness
 from sophia.refresh.seeds import seed_for
+from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
 from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
 from sophia.step.hidden_matrices import groups_by_kind
 from sophia.step.kernels.average_curvature import average
 from sophia.step.rounding import key_of_parameter, moved
 from sophia.step.rules import PAPER, RULES
-from sophia.step.state import RMS, add_what_is_missing, check_origin, restore_state
+from sophia.step.state import RMS, add_what_is_missing, check_origin, other_settings, restore_state
 from sophia.step.whole_tensors import check_whole, rms_of_whole_tensors
 
 __all__ = ["Sophia"]
@@ -110,11 +112,11 @@ class Sophia(torch.optim.Optimizer):
         self,
         model_or_params: nn.Module | Iterable[Any],
         lr: float | Tensor = 6e-4,
+        *by_position: Never,
         betas: tuple[float, float] | None = None,
         gamma: float | None = None,
         eps: float = 1e-12,
         weight_decay: float = 0.1,
-        *,
         model: nn.Module | None = None,
         rule: str = "paper",
         damping: float = 0.5,
@@ -136,9 +138,12 @@ class Sophia(torch.optim.Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
+        if by_position:
+            raise TypeError(taken_by_position(lr, by_position))
         check_option("mode", mode, ("replay", "manual"))
         check_option("rule", rule, tuple(RULES))
         by = RULES[rule]
+        named = {"betas": betas, "eps": eps, "gamma": gamma}
         betas = by.betas if betas is None else betas
         gamma = by.gamma if gamma is None else gamma
         # Not float16: an h of 1e-8 would be zero in it.
@@ -179,6 +184,7 @@ class Sophia(torch.optim.Optimizer):
             process_group,
         )
         self._ready()
+        self._say_if_adamws(named)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -251,6 +257,7 @@ class Sophia(torch.optim.Optimizer):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
+        self._orphans = Orphans()
         self._joins = False  # whether the step has shards whose rms is that of whole tensors
 
     # ---- the model ----
@@ -345,8 +352,9 @@ class Sophia(torch.optim.Optimizer):
         with torch.no_grad():
             if self.mode == "replay":
                 self._refresh_if_due()
-        for group in self.param_groups:  # all of them first: a warning may be an error, and nothing has moved
-            self._warn_if_stale(group)
+        if self._trained():
+            for group in self.param_groups:  # all of them first: a warning may be an error
+                self._warn_if_stale(group)
         if self._joins:
             self._join_shards(first=True)
         work = [
@@ -374,14 +382,17 @@ class Sophia(torch.optim.Optimizer):
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step
-        with lr = 0 and zero gradients before any training. Read from this rank's shards alone: no collective.
+        with lr = 0 and zero gradients for the parameters that have none. Read from this rank's shards alone:
+        no collective.
         """
-        if self.state or any(_number(group["lr"]) != 0 for group in self.param_groups):
+        if any(_number(group["lr"]) != 0 for group in self.param_groups):
             return False
-        if self._recorder is not None and any(recording.reached for recording in self._recorder.recordings):
+        if self._recorder is not None and self._recorder.counts():
             return False
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        return bool(gradients) and not any(bool(local(gradient).any()) for gradient in gradients)
+        asked = [p for p in self._parameters() if p.grad is not None]
+        if not asked or any(self.state.get(p) for p in asked):
+            return False
+        return not any(bool(local(p.grad).any()) for p in asked if p.grad is not None)
 
     @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -400,7 +411,7 @@ class Sophia(torch.optim.Optimizer):
             for g in self.param_groups
             if is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
         ]
-        if due:
+        if due and self._something_trains():
             if self._recorder is None:
                 raise RuntimeError(
                     f"a Hessian refresh is due at step {due[0]['step']}, but no model is attached (a copy "
@@ -409,11 +420,23 @@ class Sophia(torch.optim.Optimizer):
                 )
             first = self.param_groups[0]
             estimate = self._refresher.replay(
-                self._recorder, self._parameters(), seed=first["seed"], step=first["step"]
+                self._recorder, self._trained(), seed=first["seed"], step=first["step"]
             )
             self._take(estimate, due)
+            if names := self._orphans.left_alone(self._recorder.model, self._parameters()):
+                self._warn_once("in no group", in_no_group(names))
         if self._recorder is not None:
             self._recorder.forget()
+
+    def _something_trains(self) -> bool:
+        """Whether a parameter is not frozen, before anything asks the model for their curvature."""
+        if self._trained():
+            return True
+        parameters, ours = self._parameters(), {id(p) for p in self._parameters()}
+        named = () if self._model is None else self._model.named_parameters()
+        others = [name for name, p in named if p.grad is not None and id(p) not in ours]
+        self._warn_once("frozen", nothing_to_train(len(parameters), others))
+        return False
 
     @contextmanager
     def hessian_pass(self) -> Iterator[PassByHand]:
@@ -430,7 +453,7 @@ class Sophia(torch.optim.Optimizer):
         """
         first = self.param_groups[0]
         with self._refresher.by_hand(
-            self._model, self._parameters(), seed=first["seed"], step=first["step"]
+            self._model, self._trained() or self._parameters(), seed=first["seed"], step=first["step"]
         ) as handle:
             yield handle
             estimate = handle.finish()
@@ -441,7 +464,7 @@ class Sophia(torch.optim.Optimizer):
         """Average an estimate into h, unless something is wrong with it: then it is skipped, counted and
         said.
         """
-        parameters = self._parameters()
+        parameters = self._trained() or self._parameters()
         self.param_groups[0]["counted"] = estimate.count
         ranks = self._refresher.ranks(self._model, parameters)
         objection = self._refresher.objection(estimate, parameters[0].device, ranks)
@@ -461,14 +484,17 @@ class Sophia(torch.optim.Optimizer):
             self._warn_once(
                 "unreached",
                 f"{len(unreached)} of {len(parameters)} parameters have a training gradient but none in the "
-                "Hessian pass (shapes "
-                f"{[tuple(p.shape) for p in unreached[:3]]}): the logits do not depend on them. They move "
-                "by sign momentum",
+                f"Hessian pass (shapes {[tuple(p.shape) for p in unreached[:3]]}): the logits of the rows "
+                "that were run again do not depend on them. Either the loss reaches them by another way than "
+                "the logits (another output, a penalty), and they move by sign momentum; or this pass went "
+                "another way than the training (layer drop, early exit, experts), and others will reach them",
             )
         for group in groups:
             beta2 = float(group["betas"][1])
             keys = self._keys("refresh", group)
             for parameter in group["params"]:
+                if id(parameter) not in diagonals:
+                    continue  # frozen: no state is made, and what there is stays
                 diagonal = diagonals[id(parameter)]  # None: the pass does not reach it, its estimate is zero
                 if diagonal is not None:
                     turned = self.estimator.signed and group["maximize"]
@@ -486,6 +512,10 @@ class Sophia(torch.optim.Optimizer):
         )
         if message is not None:
             self._warn_once("stale", message)
+
+    def _say_if_adamws(self, named: Mapping[str, Any]) -> None:
+        if (message := adamws_betas_and_eps(named)) is not None:
+            self._warn_once("adamw", message)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -524,7 +554,12 @@ class Sophia(torch.optim.Optimizer):
         ]
         first = self.param_groups[0]
         own, every = (
-            sum(p.numel() for g in self.param_groups for p in g["params"] if RULES[g["rule"]] not in rules)
+            sum(
+                p.numel()
+                for g in self.param_groups
+                for p in g["params"]
+                if p.requires_grad and RULES[g["rule"]] not in rules
+            )
             for rules in ((PAPER,), ())
         )
         return {
@@ -559,6 +594,9 @@ class Sophia(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
         # Asked for every tensor at every step. A group may change its rule: then the rms may be missing.
@@ -571,6 +609,7 @@ class Sophia(torch.optim.Optimizer):
         step.
         """
         check_group({**self.defaults, **param_group}, rounds=self._rounds)
+        self._say_if_adamws(param_group)
         if self.param_groups:
             param_group = {
                 "step": self.param_groups[0]["step"],
@@ -580,7 +619,7 @@ class Sophia(torch.optim.Optimizer):
             }
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.is_complex():
+            if parameter.is_complex() and parameter.requires_grad:
                 del self.param_groups[-1]
                 raise ValueError(
                     "Sophia does not support complex parameters: curvature is defined coordinate by "
@@ -620,6 +659,13 @@ class Sophia(torch.optim.Optimizer):
         if self._recorder is not None:
             self._recorder.forget()
         self._listen()
+        if differing := other_settings(saved_groups, loaded["param_groups"]):
+            what = ", ".join(f"{name}={new!r} (not {old!r})" for name, (old, new) in differing.items())
+            self._warn_once(
+                "loaded",
+                f"the loaded state brings its own settings, as torch's do: {what}. To go on with yours, "
+                "write them into opt.param_groups after loading",
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         settings = (

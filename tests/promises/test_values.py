@@ -190,12 +190,26 @@ def test_model_decays_matrices_only():
     by_decay = {group["weight_decay"]: group["param_names"] for group in opt.param_groups}
     assert by_decay == {
         0.2: ["0.weight", "1.weight", "3.weight"],
-        0.0: ["2.weight", "2.bias", "3.bias"],
+        0.0: ["1.bias", "2.weight", "2.bias", "3.bias"],
     }
     assert [g["weight_decay"] for g in Sophia(nn.LayerNorm(4), weight_decay=0.2).param_groups] == [0.0]
 
 
-SIGNATURE = """model_or_params, lr=0.0006, betas=None, gamma=None, eps=1e-12, weight_decay=0.1, *,
+def test_vectors_in_disguise_are_not_decayed():
+    """Gains and length scales of shape (n, 1) and (1, 1) are pulled to zero; weights of that shape should."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    model = nn.ModuleDict({"normed": normed, "slope": nn.Linear(1, 3), "out": nn.Linear(3, 1)})
+    model.raw_lengthscale = nn.Parameter(torch.zeros(1, 1))
+    by_decay = {
+        g["weight_decay"]: set(g["param_names"]) for g in Sophia(model, weight_decay=0.2).param_groups
+    }
+    gain, direction = (f"normed.parametrizations.weight.original{i}" for i in (0, 1))
+    assert dict(model.named_parameters())[gain].shape == (3, 1)
+    assert by_decay[0.2] == {direction, "slope.weight", "out.weight"}
+    assert {gain, "raw_lengthscale"} <= by_decay[0.0]
+
+
+SIGNATURE = """model_or_params, lr=0.0006, *by_position, betas=None, gamma=None, eps=1e-12, weight_decay=0.1,
 model=None, rule='paper', damping=0.5, update_every=10, fraction=0.125, estimator='gnb',
 likelihood='categorical', mode='replay', seed=0, logits_fn=None, mask_fn=None, copy_inputs=False,
 process_group=None, state_dtype=torch.float32, stochastic_rounding=False, maximize=False,

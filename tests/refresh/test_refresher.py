@@ -92,7 +92,8 @@ def test_resume_is_bit_equal_at_every_phase_of_k(cut):
     resumed = GPT(layers=1)
     resumed.load_state_dict(weights)
     opt_after = Sophia(resumed, seed=77)
-    opt_after.load_state_dict(state)
+    with pytest.warns(SophiaWarning, match=r"brings its own settings.*update_every=3 \(not 10\)"):
+        opt_after.load_state_dict(state)
     train(resumed, opt_after, cut, 8)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
@@ -457,6 +458,9 @@ ADVICE = [
     ({"refreshes": 0}, "never refreshed"),
     ({"skipped": 30}, "most Hessian passes were skipped"),
     ({"eps_limited": 0.7}, "eps decides most steps"),
+    ({"eps_limited": 0.92, "h_zero": 0.92, "unclipped": 0.01}, "exactly 0 in 92% of the coordinates"),
+    ({"eps_limited": 0.92, "h_zero": 0.92, "refreshes": 3.0}, "(3 so far); a larger fraction"),
+    ({"eps_limited": 0.9, "h_zero": 0.2}, "eps decides most steps"),
     ({"unclipped": 0.8}, "lower gamma"),
     ({"unclipped": 0.01}, "raise gamma"),
     ({"unclipped": 0.01}, "rule='damped'"),

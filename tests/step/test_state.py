@@ -12,7 +12,7 @@ from torch import nn
 
 import sophia
 from reference import Given, curvature_of, noise_like, set_curvature
-from sophia import Sophia
+from sophia import Sophia, SophiaWarning
 from tiny import Bare, data
 
 
@@ -78,7 +78,8 @@ def test_resumed_equals_uninterrupted_at_every_phase_of_the_interval(steps, dtyp
     train(opt, params, steps)
     resumed_params = copies(params)
     resumed = sophia_of(resumed_params, lr=9.0, gamma=1.0)
-    resumed.load_state_dict(through_a_file(opt.state_dict()))
+    with pytest.warns(SophiaWarning, match=r"its own settings.*gamma=0.05 \(not 1.0\)"):
+        resumed.load_state_dict(through_a_file(opt.state_dict()))
     train(opt, params, 5, start=steps)
     train(resumed, resumed_params, 5, start=steps)
     assert_same(opt, resumed, params, resumed_params)
@@ -96,7 +97,8 @@ def test_resumed_noise_is_the_uninterrupted_noise(steps):
             if step == stop:
                 saved = through_a_file(opt.state_dict())
                 opt = Sophia(model, mode="manual", lr=5.0, seed=0)
-                opt.load_state_dict(saved)
+                with pytest.warns(SophiaWarning, match="its own settings"):
+                    opt.load_state_dict(saved)
             opt.zero_grad()
             nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
             with opt.hessian_pass() as hp:
@@ -162,7 +164,7 @@ def test_half_precision_keeps_its_float32_state_through_a_file():
         opt = sophia_of([p], betas=(0.9, 0.0))
         exact = torch.tensor([1e-11, 1.0009765, 3.14159274])
         set_curvature(opt, [exact])
-        other = sophia_of([nn.Parameter(torch.ones(3, dtype=dtype))])
+        other = sophia_of([nn.Parameter(torch.ones(3, dtype=dtype))], betas=(0.9, 0.0))
         other.load_state_dict(through_a_file(opt.state_dict()))
         (state,) = other.state.values()
         assert state["hessian"].dtype == torch.float32
@@ -449,3 +451,104 @@ def test_deepcopy_of_model_and_optimizer_together():
     other_model, other = copy.deepcopy((model, opt))
     owned = {id(p) for p in other_model.parameters()}
     assert all(id(p) in owned for g in other.param_groups for p in g["params"])
+
+
+def asked_for(opt, parameters):
+    """As ``torch.distributed.checkpoint`` asks for empty state, parameter by parameter (pytorch#192307)."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    rates = [group["lr"] for group in opt.param_groups]
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step()
+    for group, rate in zip(opt.param_groups, rates, strict=True):
+        group["lr"] = rate
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("trained", [0, 1, 3], ids="after {} steps".format)
+def test_state_asked_for_parameter_by_parameter(trained):
+    """It must be made for those that have none, and be no step: no refresh, no counter, nothing moved."""
+    model, (x, y) = Bare(layers=1), data(4)
+    late = [model.norm.weight, model.norm.bias]
+    for p in late:
+        p.requires_grad_(False)
+    opt = Sophia(model, lr=1e-3, update_every=2)
+    for _ in range(trained):
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        opt.step()
+        opt.zero_grad()
+    for p in late:
+        p.requires_grad_(True)
+    kept = {p: {k: v.clone() for k, v in s.items()} for p, s in opt.state.items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    books = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    lacking = [p for p in model.parameters() if not opt.state.get(p)]
+    asked_for(opt, lacking)  # a warning is an error here
+    assert set(opt.state) == set(model.parameters())
+    assert all(not t.any() for p in lacking for t in opt.state[p].values())
+    assert all(torch.equal(opt.state[p][k], t) for p, s in kept.items() for k, t in s.items())
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups] == books
+
+
+def test_a_skipped_batch_before_state_is_asked_for():
+    """Its recordings, whose gradients the model's zero_grad threw away, would make the question a step."""
+    model, (x, y) = Bare(layers=1), data(4)
+    opt = Sophia(model, lr=1e-3)
+    nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    model.zero_grad()
+    asked_for(opt, model.parameters())
+    assert opt.param_groups[0]["step"] == 0
+    assert len(opt.state) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"gamma": 0.1}, r"gamma=0.05 \(not 0.1\)\. To go on"),
+        (
+            {"betas": (0.9, 0.9), "update_every": 5},
+            r"betas=\(0.96, 0.99\) \(not .*update_every=10 \(not 5\)\.",
+        ),
+        ({"eps": 1e-9}, r"eps=1e-12 \(not 1e-09\)"),
+    ],
+    ids=str,
+)
+def test_settings_that_a_state_brings_along_are_named(other, said):
+    """Advice such as "double gamma", done in the script, is undone by the resume in silence."""
+    model = nn.Linear(2, 2)
+    opt = Sophia(model, mode="manual", **other)
+    with pytest.warns(SophiaWarning, match=said) as found:
+        opt.load_state_dict(Sophia(model, mode="manual").state_dict())
+    assert len(found) == 1
+
+
+def test_a_peak_noted_by_a_scheduler_is_compared():
+    """An lr changed in the script has no effect on a resume."""
+    model = nn.Linear(2, 2)
+
+    def build(lr):
+        opt = Sophia(model, mode="manual", lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+        return opt, scheduler
+
+    old, scheduler = build(1e-3)
+    for _ in range(3):
+        old.step()
+        scheduler.step()
+    build(1e-3)[0].load_state_dict(old.state_dict())  # the same peak: no word
+    Sophia(model, mode="manual", lr=1e-3).load_state_dict(old.state_dict())
+    with pytest.warns(SophiaWarning, match=r"lr=0.001 \(not 0.0005\)"):
+        build(5e-4)[0].load_state_dict(old.state_dict())
+
+
+def test_what_a_schedule_wrote_raises_no_alarm():
+    """A loop that sets lr itself, or cycles beta1, differs on every resume. Warnings are errors here."""
+    model = nn.Linear(2, 2)
+    old = Sophia(model, mode="manual", lr=1e-3)
+    old.param_groups[0]["lr"] = 3e-4  # as nanoGPT does at every step
+    Sophia(model, mode="manual", lr=1e-3).load_state_dict(old.state_dict())
+    cycled = Sophia(model, mode="manual", lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(cycled, max_lr=1e-3, total_steps=10)
+    Sophia(model, mode="manual", lr=1e-3).load_state_dict(cycled.state_dict())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sophia.distributed.shards import is_dtensor
 
-__all__ = ["Wrapping", "full_ndims", "reducing", "unwrapped", "wrapping_of"]
+__all__ = ["Wrapping", "full_shapes", "reducing", "unwrapped", "wrapping_of"]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -194,14 +194,14 @@ def _fsdp1_units(module: Any) -> Iterator[_Unit]:
     )
 
 
-def full_ndims(model: nn.Module) -> dict[int, int]:
-    """By id: dimensions of the whole parameter, for wrappers that show a flattened part of it (FSDP1).
+def full_shapes(model: nn.Module) -> dict[int, Sequence[int]]:
+    """By id: shape of the whole parameter, for wrappers that show a flattened part of it (FSDP1).
 
     Raises:
         ValueError: the parameters of several layers are one flat vector, so their dimensions are lost.
     """
     fsdp1 = _fsdp1_class()
-    known: dict[int, int] = {}
+    known: dict[int, Sequence[int]] = {}
     for module in model.modules() if fsdp1 is not None else ():
         if not isinstance(module, fsdp1) or module._handle is None:
             continue
@@ -213,7 +213,7 @@ def full_ndims(model: nn.Module) -> dict[int, int]:
                 "vectors, which are not. Wrap with use_orig_params=True (or use fully_shard), or pass "
                 "parameter groups of your own with model="
             )
-        known.update((id(p), len(shape)) for p, shape in zip(flat._params, flat._shapes, strict=True))
+        known.update((id(p), shape) for p, shape in zip(flat._params, flat._shapes, strict=True))
     return known
 
 

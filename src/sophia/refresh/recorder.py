@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch._compile import _disable_dynamo as untraced
 from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
 from sophia.likelihoods import Head, Heads, Likelihood, heads_of
+from sophia.refresh.arrivals import Arrivals
 from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
 from sophia.refresh.sandbox import in_sandbox
 
@@ -82,6 +84,9 @@ class Recording:
     """One for each head of the likelihood."""
     reached: bool = False
     """Whether a backward has come through the outputs of this forward."""
+    kept: bool = False
+    graph: Any = None
+    """Both for ``arrivals.py``."""
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     """Inputs with their version counters, which tell whether somebody wrote into them since."""
 
@@ -116,6 +121,7 @@ class Recorder:
         self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
         self.active = False
         self.recordings: list[Recording] = []
+        self.arrivals = Arrivals(self)
         self._pending: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
@@ -139,15 +145,26 @@ class Recorder:
     def forget_reached(self) -> None:
         """Drop the recordings whose backward has run.
 
-        Called on ``zero_grad``: it clears after a step that was skipped, and spares the forward of a trainer
-        that zeroes the gradients between forward and backward.
+        Called on the optimizer's ``zero_grad``: it clears after a step that was skipped, and spares the
+        forward of a trainer that zeroes the gradients between forward and backward. What the model's own
+        ``zero_grad`` clears is found by ``arrivals.py``.
         """
         self.recordings = [recording for recording in self.recordings if not recording.reached]
+
+    def counts(self) -> bool:
+        """Whether a backward came through a recorded forward, and its gradients were not thrown away."""
+        self.arrivals.drop_thrown_away()
+        return any(recording.reached for recording in self.recordings)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
         if in_sandbox() or not (self.active and model.training and torch.is_grad_enabled()):
             return
+        if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
+            return
+        if not any(p.requires_grad for p in model.parameters()):
+            return  # all frozen, as a discriminator in its generator's step: this loss is not about it
+        self.arrivals.tidy()
         if getattr(model, "_is_replica", False):
             raise RuntimeError(
                 f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
@@ -180,9 +197,7 @@ class Recorder:
             for part, tensor in zip(outputs, found, strict=True):
                 if tensor.requires_grad:
                     tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
-        for tensor in tensors_in(_fields(output)):
-            if tensor.requires_grad:
-                tensor.register_hook(_Arrival(recording))  # type: ignore[no-untyped-call]
+        self.arrivals.listen(recording, tensors_in(_fields(output)))
         self.recordings.append(recording)
 
     def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
@@ -250,6 +265,13 @@ class Recorder:
             )
 
 
+_NO_SCRIPT = (
+    "torch.jit.script compiles the hooks of a module too, and Sophia's cannot be compiled: they record the "
+    "training forwards. Call opt.detach() first, and opt.attach(model) to train on; torch.jit.trace and "
+    "torch.export with strict=False need no detach()"
+)
+
+
 class _Hook:
     """A hook that forgets its recorder: the model does not keep the optimizer alive, and copies of it do
     nothing.
@@ -268,8 +290,15 @@ class _Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return _Hook(None, self._moment)
 
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks for it before it compiles a hook, and tells the user what is raised.
+        raise AttributeError(_NO_SCRIPT)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, self._moment)
+        # A pickled model must load where this library is not installed, so its hooks become a method of the
+        # standard library that takes anything and does nothing.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class _Listener:
@@ -288,19 +317,6 @@ class _Listener:
         recorder.check_fit(outputs.head, gradient)
         counted = outputs.head.likelihood.counted(gradient)
         outputs.mask = counted if outputs.mask is None else outputs.mask | counted
-
-
-class _Arrival:
-    """Notes that a backward has come through."""
-
-    def __init__(self, recording: Recording) -> None:
-        self._recording = weakref.ref(recording)
-
-    @untraced
-    def __call__(self, gradient: Tensor | None) -> None:
-        recording = self._recording()
-        if recording is not None:
-            recording.reached = True
 
 
 def _copied(value: Any) -> Any:

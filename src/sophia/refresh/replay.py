@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
+from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
 from sophia.refresh.recorder import Outputs, Recorder, Recording
 from sophia.refresh.seeds import generator
@@ -57,7 +58,7 @@ class Replay:
             with self.recording.autocast.again():
                 return self.recorder.model(*self.args, **self.kwargs)
         try:
-            with self.recording.autocast.again():
+            with self.recording.autocast.again(), eager():
                 output = self.recorder.model(*self.args, **self.kwargs)
             found = self.recorder.find_outputs(output)
             fits = all(t.shape[: m.ndim] == m.shape for t, m in zip(found, self.masks, strict=True))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sophia.checks import check_number, check_option
-from sophia.distributed.wrappers import full_ndims
+from sophia.distributed.wrappers import full_shapes
 from sophia.step.kernels import fused_cpu
 from sophia.step.rules import RULES
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_group",
     "coming_step",
     "decayed_and_not",
+    "is_vector",
     "matrices_and_vectors",
     "translated_from_adamw",
 ]
@@ -49,15 +50,19 @@ def coming_step(group: Mapping[str, Any]) -> int:
 
 
 def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of a model's trainable parameters: matrices and larger are decayed, vectors and scalars are
-    not.
+    """Two groups of all of a model's parameters: matrices and larger are decayed, vectors and scalars are
+    not. Frozen ones are among them, as what is unfrozen later is to be trained.
     """
-    matrices, vectors = matrices_and_vectors(model)
-    if not matrices and not vectors:
+    if not any(p.requires_grad for p in model.parameters()):
+        number = sum(1 for _ in model.parameters())
         raise ValueError(
-            f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, so there is "
-            "nothing to train"
+            f"Sophia(model): {type(model).__name__} has no parameters, so there is nothing to train"
+            if number == 0
+            else f"Sophia(model): {type(model).__name__} has no parameter with requires_grad=True, all "
+            f"{number} are frozen, so there is nothing to train. Unfreeze what shall be trained first; the "
+            "others are held too and may be unfrozen later"
         )
+    matrices, vectors = matrices_and_vectors(model)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -66,13 +71,31 @@ def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 
 
 def matrices_and_vectors(model: nn.Module) -> tuple[list[Named], list[Named]]:
-    """A model's trainable parameters with their names: those of two dimensions or more, and the rest."""
-    whole = full_ndims(model)  # a wrapper may show a flat part of a matrix
+    """A model's parameters with their names: those of two dimensions or more, and the rest.
+
+    Integers (quantized weights) are left out: nothing can train them.
+    """
+    whole = full_shapes(model)  # a wrapper may show a flat part of a matrix
     parts: tuple[list[Named], list[Named]] = ([], [])
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            parts[whole.get(id(p), p.ndim) < 2].append((name, p))
+        if p.is_floating_point() or p.is_complex():
+            parts[is_vector(name, whole.get(id(p), p.shape))].append((name, p))
     return parts
+
+
+def is_vector(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter holds one number a row, whatever its dimensions: ``(n, 1)`` and ``(1, 1)`` too,
+    such as the gains of weight_norm and the length scales of gpytorch. The ``weight`` of a layer is a matrix
+    in that shape as well (a linear layer of one input).
+
+    >>> [is_vector("scale", shape) for shape in ((), (5,), (5, 1), (1, 1), (5, 1, 1), (1, 5), (5, 2))]
+    [True, True, True, True, True, False, False]
+    >>> is_vector("0.weight", (5, 1)), is_vector("0.weight", (5,))
+    (False, True)
+    """
+    if len(shape) > 1 and name.rpartition(".")[2] == "weight":
+        return False
+    return all(size == 1 for size in shape[1:])
 
 
 def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:

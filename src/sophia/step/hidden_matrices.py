@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sophia.step.groups import is_vector
 from sophia.step.rules import Rule
 
 __all__ = ["groups_by_kind", "hidden_matrices"]
@@ -53,11 +54,15 @@ def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[
 
 
 def _hidden(model: nn.Module) -> list[Tensor]:
-    """What has two dimensions or more and is neither embedding nor head."""
+    """What has two dimensions or more, and not only one number a row, and is neither embedding nor head."""
     named = getattr(model, "get_output_embeddings", None)
     head = named() if callable(named) else None
     if head is None:
         head = next((m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), None)
     outer = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     outer |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    return [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outer]
+    return [
+        p
+        for name, p in model.named_parameters()
+        if not is_vector(name, p.shape) and p.ndim >= 2 and id(p) not in outer
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from sophia.distributed.shards import laid_out_like, local
 from sophia.step.rules import PAPER, Rule
 
-__all__ = ["RMS", "add_what_is_missing", "check_origin", "restore_state"]
+__all__ = ["RMS", "add_what_is_missing", "check_origin", "other_settings", "restore_state"]
 
 _NAMES = ("exp_avg", "hessian")
 RMS = "momentum_rms"
@@ -59,6 +60,39 @@ def check_origin(loaded: Mapping[str, Any]) -> None:
                 f"parameter group {number} has the settings {sorted(map(str, group))} but no gamma: this is "
                 f"{other} state, {_FOREIGN}"
             )
+
+
+_SETTINGS = ("gamma", "betas", "eps", "update_every", "rule", "damping")
+
+
+def other_settings(
+    now: Sequence[Mapping[str, Any]], loaded: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that a state dict brings in place of others, as (now, loaded), by name; of the first group
+    where they differ.
+
+    lr is compared by the peak that a scheduler of torch has noted, and betas[0] not where it cycles: what a
+    schedule or a loop writes differs on every resume, and is right.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for mine, theirs in zip(now, loaded, strict=True):
+        if "rule" not in theirs:
+            continue  # converted from another implementation, whose settings are wanted
+        for name in _SETTINGS:
+            if name in theirs and not _equal(name, mine, theirs):
+                found.setdefault(name, (mine[name], theirs[name]))
+        if "initial_lr" in theirs and "max_lr" not in theirs:
+            peak = mine.get("initial_lr", mine["lr"])
+            if not math.isclose(float(peak), float(theirs["initial_lr"]), rel_tol=1e-6):
+                found.setdefault("lr", (float(peak), float(theirs["initial_lr"])))
+    return found
+
+
+def _equal(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    if name != "betas":
+        return bool(mine[name] == theirs[name])
+    first = 1 if "max_momentum" in theirs else 0
+    return [float(b) for b in mine[name]][first:] == [float(b) for b in theirs[name]][first:]
 
 
 def restore_state(

@@ -1,0 +1,165 @@
+"""Which recorded forwards a backward has reached, and whether the gradients that it left are still there.
+
+A recording counts for the step if the gradient of its loss is in ``.grad`` when the step is taken. So it is
+dropped when that gradient was thrown away (a batch with NaN, a scaler that skipped the step, the
+discriminator's gradients of a generator's loss, all of them cleared by ``model.zero_grad()``, which tells an
+optimizer nothing), and when no backward can reach it any more, as its graph is gone.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
+from torch.utils.weak import TensorWeakRef
+
+from sophia.checks import SophiaWarning
+from sophia.distributed.shards import local
+
+__all__ = ["MOST", "MOST_UNUSED", "Arrivals", "Reachable"]
+
+MOST = 1024
+"""Recordings that are kept between two steps."""
+MOST_UNUSED = 64
+"""The same of those that nothing has come through and nothing can, while no other was reached either: there
+the loss may have been computed on copies of the outputs.
+"""
+
+
+class Reachable(Protocol):
+    """What is kept of a recording here."""
+
+    reached: bool
+    """Whether a backward has come through."""
+    kept: bool
+    """Whether there were gradients in ``.grad`` at the end of that backward."""
+    graph: Any
+    """Weak reference to the hook on the outputs, which lives as long as their graph; None without one."""
+
+
+class Holder(Protocol):
+    """Who holds the recordings: the recorder."""
+
+    model: nn.Module
+    recordings: list[Any]
+
+
+class Arrivals:
+    """Watches the outputs of recorded forwards.
+
+    Args:
+        holder: its ``recordings`` are looked through; held weakly.
+    """
+
+    def __init__(self, holder: Holder) -> None:
+        self._holder = weakref.ref(holder)
+        self._task: int | None = None  # of the backward that is running
+        self._now: list[Reachable] = []  # what it has come through
+        self._mark: tuple[TensorWeakRef, int] | None = (
+            None  # a gradient and its version at the end of the last one
+        )
+        self._said = False
+
+    def listen(self, recording: Reachable, outputs: Iterable[Tensor]) -> None:
+        """Note when a backward comes through one of the outputs."""
+        hook = _Arrival(recording, self)
+        for tensor in outputs:
+            if tensor.requires_grad:
+                tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        recording.graph = weakref.ref(hook)
+
+    def begin(self, recording: Reachable) -> None:
+        """A backward has come to a recording."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task or not self._now:
+            self._task, self._now = task, []
+            self.drop_thrown_away(but=recording)
+            try:
+                engine: Any = torch.autograd.Variable._execution_engine
+                engine.queue_callback(self._end)
+            except RuntimeError:
+                pass  # a compiled backward: its gradients are not followed
+        recording.reached = True
+        self._now.append(recording)
+
+    @untraced
+    def _end(self) -> None:
+        """The backward is over, and what it computed stands in ``.grad``."""
+        gradient = next(self._gradients(), None)
+        self._mark = None if gradient is None else (TensorWeakRef(gradient), gradient._version)
+        for recording in self._now:
+            # Not where a wrapper keeps unreduced gradients elsewhere: their absence says nothing then.
+            recording.kept = gradient is not None
+        self._now = []
+
+    def drop_thrown_away(self, but: Reachable | None = None) -> None:
+        """Drop recordings whose gradients were in ``.grad`` and are no longer."""
+        holder = self._holder()
+        if holder is None or not any(r.reached and r.kept for r in holder.recordings):
+            return
+        if self._gone():
+            holder.recordings = [r for r in holder.recordings if r is but or not (r.reached and r.kept)]
+
+    def _gone(self) -> bool:
+        """Whether all gradients of the model are None or zero."""
+        for number, gradient in enumerate(self._gradients()):
+            if number == 0 and self._is_marked(gradient):
+                return False  # untouched since: no need to read it, which would wait for the device
+            if gradient.layout != torch.strided or bool(local(gradient).any()):
+                return False
+        return True
+
+    def _is_marked(self, gradient: Tensor) -> bool:
+        return self._mark is not None and (self._mark[0]() is gradient and self._mark[1] == gradient._version)
+
+    def tidy(self) -> None:
+        """Drop what can no longer count, before one more is recorded."""
+        self.drop_thrown_away()
+        holder = self._holder()
+        if holder is None:
+            return
+        recordings = holder.recordings
+        unused = [r for r in recordings if not r.reached and (r.graph is None or r.graph() is None)]
+        if not any(r.reached for r in recordings):
+            unused = unused[: max(0, len(unused) + 1 - MOST_UNUSED)]
+            self._say(len(unused), f"{MOST_UNUSED} training forwards without a backward")
+        dropped = {id(r) for r in unused}
+        if not dropped and len(recordings) >= MOST:
+            dropped = {id(r) for r in recordings[: len(recordings) + 1 - MOST]}
+            self._say(len(dropped), f"{MOST} training forwards")
+        if dropped:
+            holder.recordings = [r for r in recordings if id(r) not in dropped]
+
+    def _say(self, dropped: int, what: str) -> None:
+        if dropped and not self._said:
+            self._said = True
+            warnings.warn(
+                f"more than {what} were recorded since the last step: the oldest are dropped, as their "
+                "inputs would fill the memory. If they are no training (a validation, rollouts), call "
+                "model.eval() or use torch.no_grad() there; if they are, h is renewed from the latest",
+                SophiaWarning,
+            )
+
+    def _gradients(self) -> Iterator[Tensor]:
+        holder = self._holder()
+        for parameter in () if holder is None else holder.model.parameters():
+            if parameter.grad is not None:
+                yield parameter.grad
+
+
+class _Arrival:
+    """Hook on the outputs of one recording. Weak: it must not keep the recording alive."""
+
+    def __init__(self, recording: Reachable, arrivals: Arrivals) -> None:
+        self._recording, self._arrivals = weakref.ref(recording), weakref.ref(arrivals)
+
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        recording, arrivals = self._recording(), self._arrivals()
+        if recording is not None and arrivals is not None:
+            arrivals.begin(recording)
