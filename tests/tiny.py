@@ -135,7 +135,7 @@ def estimate_in_state(optimizer):
         p: optimizer.state[p]["hessian"] / (1 - group["betas"][1])
         for group in optimizer.param_groups
         for p in group["params"]
-        if "hessian" in optimizer.state[p]
+        if "hessian" in optimizer.state.get(p, ())
     }
 
 
