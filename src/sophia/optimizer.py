@@ -619,7 +619,7 @@ class Sophia(torch.optim.Optimizer):
             }
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if parameter.is_complex() and parameter.requires_grad:
+            if parameter.is_complex():
                 del self.param_groups[-1]
                 raise ValueError(
                     "Sophia does not support complex parameters: curvature is defined coordinate by "

@@ -177,7 +177,7 @@ def whole_into_shards():
         alone(x, y)[1].backward()
         opt.step()
     model = layouts.sharded()
-    other = sophia(model)
+    other = sophia(model, update_every=K)
     other.load_state_dict(opt.state_dict())
     return all(
         torch.equal(plain(other.state[q][k]), opt.state[p][k])

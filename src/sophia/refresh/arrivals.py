@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable
 from torch.utils.weak import TensorWeakRef
 
 from sophia.checks import SophiaWarning
-from sophia.distributed.shards import local
+from sophia.distributed.shards import is_dtensor
 
 __all__ = ["MOST", "MOST_UNUSED", "Arrivals", "Reachable"]
 
@@ -58,6 +58,11 @@ class Arrivals:
 
     def __init__(self, holder: Holder) -> None:
         self._holder = weakref.ref(holder)
+        # Those of this moment, which the optimizer holds: fully_shard puts others in their place while it
+        # runs the model. FSDP1 moves gradients about, so that nothing can be told from their absence.
+        self._parameters = list(holder.model.parameters())
+        if any(getattr(p, "_fsdp_flattened", False) for p in self._parameters):
+            self._parameters = []
         self._task: int | None = None  # of the backward that is running
         self._now: list[Reachable] = []  # what it has come through
         self._mark: tuple[TensorWeakRef, int] | None = (
@@ -110,7 +115,8 @@ class Arrivals:
         for number, gradient in enumerate(self._gradients()):
             if number == 0 and self._is_marked(gradient):
                 return False  # untouched since: no need to read it, which would wait for the device
-            if gradient.layout != torch.strided or bool(local(gradient).any()):
+            # A rank's shard may be zero, or empty, alone, and the ranks must agree.
+            if gradient.layout != torch.strided or is_dtensor(gradient) or bool(gradient.any()):
                 return False
         return True
 
@@ -146,10 +152,7 @@ class Arrivals:
             )
 
     def _gradients(self) -> Iterator[Tensor]:
-        holder = self._holder()
-        for parameter in () if holder is None else holder.model.parameters():
-            if parameter.grad is not None:
-                yield parameter.grad
+        return (parameter.grad for parameter in self._parameters if parameter.grad is not None)
 
 
 class _Arrival:

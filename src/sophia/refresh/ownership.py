@@ -28,7 +28,10 @@ class Orphans:
         found = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if id(parameter) not in ours and parameter.requires_grad and parameter.grad is not None
+            if id(parameter) not in ours
+            and parameter.is_leaf  # FSDP1 may show views of its flat ones
+            and parameter.requires_grad
+            and parameter.grad is not None
         }
         # The version counts changes in place, the sum sees those through `.data`, which are not counted.
         now = {id(parameter): (parameter._version, _sum(parameter)) for parameter in found.values()}

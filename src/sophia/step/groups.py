@@ -73,12 +73,13 @@ def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 def matrices_and_vectors(model: nn.Module) -> tuple[list[Named], list[Named]]:
     """A model's parameters with their names: those of two dimensions or more, and the rest.
 
-    Integers (quantized weights) are left out: nothing can train them.
+    Frozen integers (quantized weights) are left out, as nothing can train them, and frozen complex ones, as
+    these are refused.
     """
     whole = full_shapes(model)  # a wrapper may show a flat part of a matrix
     parts: tuple[list[Named], list[Named]] = ([], [])
     for name, p in model.named_parameters():
-        if p.is_floating_point() or p.is_complex():
+        if p.is_floating_point() or p.requires_grad:
             parts[is_vector(name, whole.get(id(p), p.shape))].append((name, p))
     return parts
 
