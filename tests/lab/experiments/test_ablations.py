@@ -115,6 +115,28 @@ def test_winners_at_the_edge_are_named(tmp_path):
     assert ablations.verdict(records).sentence.endswith("Winners at the edge of their grid: adamw.")
 
 
+def test_finalists_are_chosen_once(tmp_path):
+    """A choice from what it changes: the second command would train other finalists than the first."""
+    records, points = Records(tmp_path), ablations.VARIANTS["adamw"].points
+
+    def add(i, seed, loss):
+        case = {"part": "search", "name": "adamw", "settings": points[i], "seed": seed}
+        records.add(case, loss=loss)
+
+    for i in range(len(points)):
+        add(i, 100, 2.5 + 0.01 * i)
+    first = ablations.finalists(records, "adamw")
+    assert first == points[:4]
+    for i in range(4):  # on the other seeds they do worse, so that their means are above the fifth's
+        for seed in (101, 102):
+            add(i, seed, 3.0 - 0.01 * i)
+    assert ablations.finalists(records, "adamw") == first
+    for seed in (101, 102):  # an older record has a fifth one
+        add(4, seed, 2.0)
+    assert ablations.finalists(records, "adamw") == first
+    assert ablations.winner(records, "adamw") == points[3]
+
+
 def test_a_lucky_run_does_not_win(tmp_path):
     """A setting chosen for one seed on which it shone: every ablation would be measured against it."""
     records, points = Records(tmp_path), ablations.VARIANTS["adamw"].points

@@ -25,6 +25,20 @@ def plant(folder, differences, *, seconds=40.0, megabytes=900.0, connections=0, 
     return records
 
 
+def test_runs_are_paired_by_seed_and_not_by_place(tmp_path):
+    """Ends of two seeds subtracted, because a row was made again and stands last."""
+    said = few_resources.verdict(plant(tmp_path / "a", (0.10, 0.11, 0.12))).sentence
+    records = plant(tmp_path / "b", (0.10, 0.11, 0.12))
+    lines = (tmp_path / "b" / "records.jsonl").read_text().splitlines()
+    (tmp_path / "b" / "records.jsonl").write_text("\n".join([*lines[2:], lines[1], lines[0]]) + "\n")
+    turned = Records(tmp_path / "b")
+    assert [row.case["seed"] for row in turned.rows] != [row.case["seed"] for row in records.rows]
+    assert few_resources.verdict(turned).sentence == said
+    figure = few_resources.draw(turned)
+    places = figure.axes[1].lines[1].get_xdata()
+    assert list(places) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("differences", "changed", "word"),
     [

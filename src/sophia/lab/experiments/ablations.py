@@ -126,9 +126,7 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
     for name, variant in VARIANTS.items():
         do("search", name, variant.contender, variant.points[:trials], SEARCH_SEEDS[:1])
-        # By the first seed alone: the others' rows, once they are there, must not choose other finalists.
-        finalists = _ranked(records, name, SEARCH_SEEDS[:1])[:FINALISTS]
-        do("search", name, variant.contender, finalists, SEARCH_SEEDS[1:])
+        do("search", name, variant.contender, finalists(records, name), SEARCH_SEEDS[1:])
         if (best := winner(records, name)) is not None:
             do("variant", name, variant.contender, [best], seeds)
     if (base := winner(records, BASE)) is not None:
@@ -139,11 +137,18 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
             do("grid", _grid_name(factor, beta2), "ablated", [settings], seeds)
 
 
+def finalists(records: Records, name: str) -> list[Point]:
+    """The settings of a variant's search that are run on every search seed."""
+    # By the first seed alone: the others' rows, once they are there, must not choose other finalists.
+    return _ranked(records, name, SEARCH_SEEDS[:1])[:FINALISTS]
+
+
 def winner(records: Records, name: str) -> Point | None:
     """The settings with the lowest mean end loss among a variant's finalists; None if all of them
     diverged.
     """
-    return next(iter(_ranked(records, name, SEARCH_SEEDS)), None)
+    ended, chosen = _ranked(records, name, SEARCH_SEEDS), finalists(records, name)
+    return next((point for point in ended if point in chosen), None)
 
 
 def _ranked(records: Records, name: str, seeds: Sequence[int]) -> list[Point]:

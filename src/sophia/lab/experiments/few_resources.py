@@ -86,8 +86,15 @@ def _train(case: Case, quick: bool, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _losses(records: Records, contender: str) -> list[float]:
-    return [row.result["loss"] for row in records.where(contender=contender)]
+def _pairs(records: Records) -> dict[int, tuple[float, float]]:
+    """By seed, the end losses of Sophia-G and AdamW, of the seeds that both have: rows lie in the order in
+    which they were made.
+    """
+    ours, theirs = (
+        {row.case["seed"]: row.result["loss"] for row in records.where(contender=contender)}
+        for contender in ("sophia-g", "adamw")
+    )
+    return {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
 
 
 def verdict(records: Records) -> Verdict:
@@ -99,7 +106,7 @@ def verdict(records: Records) -> Verdict:
     results = [row.result for row in records.rows]
     if any(r["status"] != "finished" for r in results):
         return Verdict("not seen at this scale", "A run diverged, so nothing was compared.")
-    ours, theirs = _losses(records, "sophia-g"), _losses(records, "adamw")
+    ours, theirs = zip(*_pairs(records).values(), strict=True)
     interval = ttest_rel(ours, theirs).confidence_interval(0.9)
     low, high = float(interval.low), float(interval.high)
     seconds = sum(r["cpu_seconds"] for r in results)
@@ -131,12 +138,7 @@ def draw(records: Records) -> Figure:
     curves.set(xlabel="steps")
     curves.set_title("Validation loss, nats a token", loc="left", fontsize=10)
     curves.legend(frameon=False, fontsize=8)
-    pairs = [
-        (row.case["seed"], row.result["loss"] - other.result["loss"])
-        for row in records.where(contender="sophia-g")
-        for other in records.where(contender="adamw", seed=row.case["seed"])
-        if row.result["loss"] and other.result["loss"]
-    ]
+    pairs = [(seed, one - other) for seed, (one, other) in _pairs(records).items() if one and other]
     ends.axhline(0, color="#999999", lw=1)
     if pairs:
         ends.plot(*zip(*pairs, strict=True), "o", color="#d55e00")
