@@ -24,10 +24,11 @@ LAYERS = [
         "sophia.likelihoods": "what outputs mean",
         "sophia.diagnostics": "stats and advice",
     },
-    # what h is; what a step does
+    # what h is; what a step does; the versions of both
     {
         "sophia.step": "groups, state, kernels",
         "sophia.curvature": "estimators of the diagonal",
+        "sophia.numerics": "versions of the numbers",
     },
     # when and from what h is refreshed; files of other Sophias
     {

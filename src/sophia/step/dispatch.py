@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from sophia.step.state import RMS
 from sophia.step.whole_tensors import local_parts
 from sophia.update_rule import corrected_gamma, started
 
-__all__ = ["StateOf", "Work", "current_gamma", "work_of"]
+__all__ = ["StateOf", "Work", "current_gamma", "kernels_of", "work_of"]
 
 StateOf = Callable[[Tensor, Mapping[str, Any]], Mapping[str, Tensor]]
 """From a parameter and its group to its state, made when it is first asked for."""
@@ -127,3 +127,18 @@ def _lr_for_the_kernel(group: Mapping[str, Any], compiling: bool) -> float | Ten
         return lr.reshape(()) if stays else lr.item()
     # float64, in which a Python number is: in float32 the graph would round lr where the eager step does not.
     return torch.tensor(lr, dtype=torch.float64) if compiling and not group["differentiable"] else lr
+
+
+def kernels_of(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> list[str]:
+    """Names of the kernels that move the parameters which have state, sorted; asked outside of a step."""
+    found = set()
+    for group in groups:
+        rule, lr = RULES[group["rule"]], _lr_for_the_kernel(group, False)
+        for p in group["params"]:
+            if p in state:
+                # The parameter stands for its gradient, which has been set to None by now.
+                row: tuple[Tensor, ...] = (p, p.detach(), state[p]["exp_avg"], state[p]["hessian"])
+                if is_dtensor(p) and not group["differentiable"]:
+                    row = local_parts(*row)
+                found.add(choose(rule.moving(p), group, lr, row).__name__.rpartition(".")[2])
+    return sorted(found)

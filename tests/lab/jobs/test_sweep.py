@@ -1,7 +1,9 @@
+import dataclasses
 import json
 import math
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("optuna")
 
@@ -9,9 +11,9 @@ from sophia.lab import cli
 from sophia.lab.config.protocol_parts import Search
 from sophia.lab.config.run import Data
 from sophia.lab.config.search_space import Choice, LogRange, at_edge
-from sophia.lab.jobs import search
+from sophia.lab.jobs import search, sweep
 from sophia.lab.protocols import protocol_file
-from sophia.lab.support.errors import Stopped
+from sophia.lab.support.errors import Stopped, UsageError
 from sophia.lab.training.run_folder import Record
 from sophia.lab.training.workers import Events
 
@@ -119,6 +121,41 @@ POINTS = [
     {"lr": 0.00345, "beta1": 0.7},
     {"lr": 0.00259, "beta1": 0.7},
 ]
+
+
+def test_the_runs_that_were_begun_are_known(machine, tmp_path):
+    """Else a search would go on from trials of other code, and nobody would have looked."""
+    assert search.begun_runs(SPACES, trial, tmp_path) == []
+    machine["left"] = 4
+    with pytest.raises(Stopped):
+        do(tmp_path)
+    begun = {run.hash for run in search.begun_runs(SPACES, trial, tmp_path)}
+    assert set(machine["done"]) < begun
+    assert len(begun) == 6, "the spread trials of both"
+
+
+def test_a_sweep_of_other_numbers_does_not_go_on(text_file, tmp_path, monkeypatch):
+    """Else trials that were told to the search under other numbers would choose today's settings."""
+
+    class Written(Exception):
+        pass
+
+    def stop(*arguments, **more):
+        raise Written
+
+    monkeypatch.setattr(sweep, "search", stop)
+    monkeypatch.setattr(sweep, "say_forecast", stop)
+    protocol = dataclasses.replace(PROTOCOL, data=str(text_file)).with_contenders(["sophia-g"])
+    arguments = {"out": tmp_path / "s", "console": Console(quiet=True)}
+    for _ in range(2):  # its own numbers go on
+        with pytest.raises(Written):
+            sweep.sweep(protocol, **arguments)
+    path = tmp_path / "s" / "sweep.json"
+    content = json.loads(path.read_text())
+    assert content.pop("numerics") == {"sophia-g": "gnb 2"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="another sweep: it differs in numerics"):
+        sweep.sweep(protocol, **arguments)
 
 
 def test_if_all_diverge_nobody_wins():

@@ -23,6 +23,7 @@ from sophia.lab.protocols import protocol_file
 from sophia.lab.protocols.protocol import split_label
 from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.import_by_path import load_class
+from sophia.lab.training.fingerprint import fingerprint
 from sophia.lab.training.loop import train
 from sophia.lab.training.run_folder import rows
 
@@ -168,6 +169,7 @@ class Sharp(torch.optim.Optimizer):
 def test_an_optimizer_with_passes_of_its_own_gets_a_closure(monkeypatch, text, ids, tmp_path, micro_batches):
     """Else whatever needs the loss or the gradient at other weights could not be compared."""
     path = made(monkeypatch, Sharp=Sharp) + "Sharp"
+    fingerprint(third_party.contender("sharp", path))  # its steps are none of the run's: made before them
     Sharp.seen.clear()
     protocol = protocol_file.chosen("tiny", None).with_contenders([f"sharp={path}"])
     data = Data(text.name, text.sha256, vocabulary.SHA256)

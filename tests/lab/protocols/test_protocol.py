@@ -34,7 +34,7 @@ def test_each_preset_survives_being_written(name, tmp_path):
     assert from_json(Protocol, to_json(protocol)).hash == protocol.hash
 
 
-# From the code before protocols were files.
+# From the code before protocols were files; those with the numerics of their contender are younger.
 NAMES = [
     ("quick", "adamw", 800, {}, "fa2c64101713"),
     ("quick", "sophia-g", 400, {}, "16d35d0fb537"),
@@ -53,7 +53,12 @@ NAMES = [
 def test_the_runs_of_a_preset_keep_their_names(name, contender, steps, over, run):
     """Else finished runs would be done again, and records would name runs that no protocol makes."""
     protocol = protocol_file.chosen(name, None).with_contenders([contender])
-    assert protocol.run(contender, data=DATA, seed=1, steps=steps, over=over).hash == run
+    planned = protocol.run(contender, data=DATA, seed=1, steps=steps, over=over)
+    first = dataclasses.replace(planned, optimizer=dataclasses.replace(planned.optimizer, numerics=""))
+    assert first.hash == run
+    assert (planned == first) == (contender not in ("sophia-g",)), (
+        "numerics of first versions are not written"
+    )
 
 
 BAD = {
@@ -160,7 +165,12 @@ def test_a_protocol_comes_back_from_its_file(entries, about, target):
 
 
 ROOT = Path(__file__).parents[3]
-COMMITTED = sorted(path for folder in ("results", "studies") for path in (ROOT / folder).rglob("*.toml"))
+COMMITTED = sorted(
+    path
+    for folder in ("results", "studies")
+    for path in (ROOT / folder).rglob("*.toml")
+    if path.name != "missing-commits.toml"  # no protocol
+)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=["/".join(path.parts[-2:]) for path in COMMITTED])

@@ -111,7 +111,11 @@ def test_a_tracker_of_ones_own_gets_everything_once(own, tiny, ids, tmp_path):
     asked = Trackers((own,), group="g", folder=tmp_path / "t")
     result = loop.train(config, tmp_path / "runs", ids, trackers=asked)
     made, *logged, end = lines(tmp_path / "t")
-    settings = {"contender": "sophia-g", "settings": dict(config.optimizer.settings)}
+    settings = {
+        "contender": "sophia-g",
+        "settings": dict(config.optimizer.settings),
+        "numerics": config.optimizer.numerics,
+    }
     assert made == ["made", config.hash, "g", settings, False]
     assert end == ["finished", result["status"]]
     assert [(step, numbers) for step, numbers in logged] == expected(tmp_path / "runs", config)

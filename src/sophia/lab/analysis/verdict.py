@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sophia.lab.analysis import made_by
 from sophia.lab.analysis.cost_ratio import COSTS, cost_ratio, in_cost
 from sophia.lab.analysis.read_records import Evidence, Run, read_evidence
 from sophia.lab.analysis.seed_noise import (
@@ -119,6 +120,11 @@ class Summary:
     def complete(self) -> bool:
         """True if every planned run has ended, be it by divergence."""
         return not self.missing
+
+    @property
+    def notice(self) -> str:
+        """Which runs were made by code whose numbers are not today's; empty if none was."""
+        return made_by.notice(self.evidence.runs)
 
     @property
     def headline(self) -> str:

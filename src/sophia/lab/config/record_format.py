@@ -97,7 +97,9 @@ class EndRow(TypedDict):
     trunk: NotRequired[SharedPart]
     """In records of older releases: the part that was trained once for several budgets."""
     environment: Mapping[str, Any]
-    """Versions, machine, commit and a hash of the code."""
+    """Versions, machine, commit and a hash of the code; the ``numerics``, ``kernels`` and ``fingerprint`` of
+    the optimizer (``sophia.lab.training.fingerprint``).
+    """
 
 
 EndNumber = Literal[

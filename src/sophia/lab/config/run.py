@@ -103,6 +103,10 @@ class Optimizer:
     """Name of the row."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """Every setting of the row, by name; ``lr`` is the peak learning rate."""
+    numerics: str = field(default="", metadata=LATER)
+    """Versions of the numbers that it computes, where they are not the first: "gnb 2" (``sophia.numerics``).
+    A run of the same settings with other numbers is another run.
+    """
 
 
 @checked_dataclass(frozen=True)

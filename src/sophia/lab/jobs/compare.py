@@ -16,6 +16,7 @@ from sophia.lab.analysis.search_notes import unsearched
 from sophia.lab.config.field_types import Device
 from sophia.lab.data import corpus, tokens
 from sophia.lab.forecast import comparison
+from sophia.lab.jobs import reuse
 from sophia.lab.jobs.progress_bar import Display
 from sophia.lab.jobs.say_forecast import say_forecast
 from sophia.lab.protocols import freeze, plan
@@ -61,8 +62,11 @@ def compare(
         "protocol.json": {"hash": planned.protocol.hash, "protocol": to_json(planned.protocol)},
         "comparison.json": planned.to_json(),
     }
+    reuse.check_names(folder, planned)
     started = freeze.check(folder, frozen, what="comparison")
     freeze.begun(folder, started, resume=resume, what="comparison")
+    for note in reuse.check(planned.runs, folder / "runs"):
+        console.print(note, highlight=False, markup=False, style="yellow")
     at_once = min(workers or (1 if device == "cuda" else cores()), len(planned.runs))
     if forecast:
         with Crew(folder / "runs", workers=at_once) as crew:
@@ -137,6 +141,8 @@ def show(folder: Path, console: Console) -> None:
 
     summary = summarise(folder)
     console.print(_table(summary))
+    if summary.notice:
+        console.print(summary.notice, highlight=False, style="yellow")
     for verdict in summary.verdicts:
         console.print(verdict.sentence, highlight=False)
     if summary.power:

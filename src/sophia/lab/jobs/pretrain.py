@@ -15,6 +15,7 @@ from sophia.lab.config.record_format import EndRow
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import token_files
 from sophia.lab.forecast.pretraining import Pacer, needs
+from sophia.lab.jobs import reuse
 from sophia.lab.models.size import forecast, parameters
 from sophia.lab.protocols import recipe as recipe_files
 from sophia.lab.protocols.recipe import Recipe
@@ -64,6 +65,8 @@ def pretrain(
                 highlight=False,
                 soft_wrap=True,
             )
+            for note in reuse.check([run], out) if team.size == 1 else ():
+                console.print(note, highlight=False, markup=False, style="yellow")
             for line in tracked.words():
                 console.print(line, highlight=False, soft_wrap=True)
             if Record(out, run).result() is None:

@@ -31,7 +31,7 @@ from sophia.lab.training.run_folder import Record
 from sophia.lab.training.trackers import Trackers
 from sophia.lab.training.workers import Events, execute
 
-__all__ = ["Trial", "best", "rounds", "search"]
+__all__ = ["Trial", "begun_runs", "best", "rounds", "search"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,22 @@ def rounds(
             found.append([n for turn in range(max(left.values())) for n in left if turn < left[n]])
         ended, run = wanted, dict.fromkeys(spaces, 0)
     return found
+
+
+def begun_runs(
+    spaces: Mapping[str, Space], make_run: Callable[[str, Mapping[str, Setting]], Run], folder: Path
+) -> list[Run]:
+    """The runs of all trials that were begun before. Arguments are those of `search`."""
+    if not (folder / "journal.log").exists():
+        return []
+    storage = _storage(folder)
+    names = [study.study_name for study in optuna.get_all_study_summaries(storage)]
+    return [
+        make_run(name, _point(spaces[name], trial.params))
+        for name in names
+        for trial in optuna.load_study(study_name=name, storage=storage).trials
+        if trial.state != TrialState.WAITING
+    ]
 
 
 def best(trials: Sequence[Trial], contender: str) -> Trial | None:

@@ -21,8 +21,9 @@ from sophia.lab.config.run import Data, Run, Setting
 from sophia.lab.config.search_space import at_edge
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.forecast import comparison
+from sophia.lab.jobs import reuse
 from sophia.lab.jobs.say_forecast import say_forecast
-from sophia.lab.jobs.search import Trial, best, rounds, search
+from sophia.lab.jobs.search import Trial, begun_runs, best, rounds, search
 from sophia.lab.protocols import freeze, plan
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.protocols.protocol_file import text_of
@@ -68,6 +69,7 @@ def sweep(
 
     # What cannot be planned is said before anything is written.
     typical = {label: trial(label, {n: kind.middle for n, kind in s.items()}) for label, s in spaces.items()}
+    numerics = {label: n for label, run in typical.items() if (n := run.optimizer.numerics)}
     frozen = {
         "sweep.json": {
             "hash": named.hash,
@@ -79,10 +81,14 @@ def sweep(
             "data": plan.about(text, ids),
             "device": device,
         }
+        # The trials that were told to Optuna are of these numbers.
+        | ({"numerics": numerics} if numerics else {})
     }
     folder = out or Path("sweeps") / f"{protocol.name}-{text.name}-{named.hash}"
     begun = freeze.check(folder, frozen, what="sweep")
     freeze.begun(folder, begun, resume=resume, what="sweep")
+    for note in reuse.check(begun_runs(spaces, trial, folder), folder / "runs"):
+        console.print(note, highlight=False, markup=False, style="yellow")
     total = protocol.search.trials * len(spaces)
     at_once = min(workers or (1 if device == "cuda" else cores()), total)
     left = rounds(spaces, trial, protocol.search, folder)

@@ -12,6 +12,7 @@ from sophia.lab.config.field_types import Device
 from sophia.lab.config.run import Data, Run
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.forecast import comparison
+from sophia.lab.jobs import reuse
 from sophia.lab.jobs.say_forecast import say_forecast
 from sophia.lab.protocols import freeze
 from sophia.lab.protocols.protocol import Protocol
@@ -57,6 +58,8 @@ def train_one(
     ids.require(config.model.context, f"The text {protocol.data}")
     record = Record(out, config)
     freeze.begun(record.folder, record.begun, resume=resume, what="run")
+    for note in reuse.check([config], out):
+        console.print(note, highlight=False, markup=False, style="yellow")
     if forecast:
         _say_forecast(config, ids, out, console)
         return

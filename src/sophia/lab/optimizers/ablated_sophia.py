@@ -88,7 +88,7 @@ class Ablated(OnSophiaAverages):
 
     def stats(self) -> dict[str, float]:
         """Those of the Sophia inside, where its clip is this one's."""
-        return self._sophia.stats() if self.bound == "clip" and not self.root else {}
+        return self.averages.stats() if self.bound == "clip" and not self.root else {}
 
     def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
         steps = []
@@ -137,4 +137,5 @@ CONTENDER = Contender(
     space=SPACE,
     state_per_parameter=8,
     gradients=_cost,
+    parts=("gnb_single", "hutchinson", "empirical_fisher"),  # labels are drawn singly here
 )

@@ -56,7 +56,7 @@ class AdaHessianStep(OnSophiaAverages):
         )
 
     def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
-        books = self._sophia.param_groups[0]
+        books = self.averages.param_groups[0]
         beta1, beta2 = books["betas"]
         m_share = 1 - beta1 ** books["step"]
         v_share = 1 - beta2 ** books["refreshes"]
@@ -94,4 +94,5 @@ CONTENDER = Contender(
     space={**adamw.SPACE, "update_every": Choice((1, 5, 10))},
     state_per_parameter=8,
     gradients=hessian_vector_cost,
+    parts=("hutchinson",),
 )

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sophia.lab.config import run
 from sophia.lab.config.run import Setting
 from sophia.lab.config.search_space import Choice, Space
 from sophia.lab.support.errors import UsageError
+from sophia.numerics import versions, words
 from sophia.step.groups import matrices_and_vectors
 
 __all__ = [
@@ -57,6 +59,22 @@ class Contender:
     """Whether ``step`` is given a closure that does the batch again: zeroes the gradients, computes them
     where the weights are now, clips them, and returns the loss.
     """
+    parts: tuple[str, ...] = ()
+    """The parts of Sophia whose numbers it uses, as in ``sophia.numerics``: their versions are in the names
+    of its runs.
+    """
+    version: int = 1
+    """Of the numbers of its own code; raised by whoever changes them, when they are recorded already."""
+
+    @property
+    def numerics(self) -> dict[str, int]:
+        """The versions of all numbers that it computes."""
+        own = {self.name: self.version} if self.version != 1 else {}
+        return versions(*self.parts) | own
+
+    def configured(self, over: Settings) -> run.Optimizer:
+        """What a run's configuration holds: the settings, with ``over`` in place of defaults; numerics."""
+        return run.Optimizer(self.name, self.settings(over), words(self.numerics))
 
     def settings(self, over: Settings) -> dict[str, Setting]:
         """The defaults with other values put over them. Raises ``UsageError`` for a name or type that is none

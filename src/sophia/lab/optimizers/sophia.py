@@ -115,6 +115,7 @@ CONTENDERS = (
         space=SPACE,
         state_per_parameter=8,
         gradients=sampled_cost,
+        parts=("gnb", "paper"),
     ),
     Contender(
         name="sophia-damped",
@@ -124,6 +125,7 @@ CONTENDERS = (
         space={"lr": LogRange(5e-4, 1.25e-2), **_OWN_SPACE},
         state_per_parameter=8,
         gradients=sampled_cost,
+        parts=("gnb", "damped"),
     ),
     Contender(
         name="sophia-spectral",
@@ -133,6 +135,7 @@ CONTENDERS = (
         space={"lr": LogRange(2e-3, 5e-2), **_OWN_SPACE},
         state_per_parameter=8,
         gradients=sampled_cost,
+        parts=("gnb", "spectral"),
     ),
     Contender(
         name="sophia-h",
@@ -142,6 +145,7 @@ CONTENDERS = (
         space=SPACE,
         state_per_parameter=8,
         gradients=hessian_vector_cost,
+        parts=("hutchinson", "paper"),
     ),
     Contender(
         name="sophia-ef",
@@ -151,5 +155,6 @@ CONTENDERS = (
         space=SPACE,
         state_per_parameter=8,
         gradients=sampled_cost,
+        parts=("empirical_fisher", "paper"),
     ),
 )

@@ -34,9 +34,9 @@ class OnSophiaAverages(Optimizer):
         """``defaults`` are this optimizer's own settings, lr among them; ``sophia`` are Sophia's (gamma, eps,
         update_every, fraction, seed).
         """
-        self._sophia = Sophia(model, lr=0.0, betas=betas, weight_decay=0.0, estimator=estimator, **sophia)
+        self.averages = Sophia(model, lr=0.0, betas=betas, weight_decay=0.0, estimator=estimator, **sophia)
         super().__init__(matrices_decayed(model, {"weight_decay": weight_decay}), defaults)
-        self.state = self._sophia.state
+        self.state = self.averages.state
 
     def _directions(self, moves: list[tuple[Tensor, Tensor, dict[str, Any]]]) -> Iterator[Tensor]:
         """From (m, h, group) of each parameter, the steps in units of lr, in the same order."""
@@ -45,7 +45,7 @@ class OnSophiaAverages(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let Sophia bring m and h up to date, then move."""
-        loss = self._sophia.step(closure)
+        loss = self.averages.step(closure)
         moving = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         moves = [(self.state[p]["exp_avg"], self.state[p]["hessian"], group) for p, group in moving]
         for (theta, group), direction in zip(moving, self._directions(moves), strict=True):
@@ -55,13 +55,13 @@ class OnSophiaAverages(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; Sophia forgets the forwards whose gradients go."""
-        self._sophia.zero_grad(set_to_none)
+        self.averages.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Sophia's books; the groups here hold settings alone."""
-        return {"sophia": self._sophia.state_dict()}
+        return {"sophia": self.averages.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
-        self._sophia.load_state_dict(state_dict["sophia"])
-        self.state = self._sophia.state
+        self.averages.load_state_dict(state_dict["sophia"])
+        self.state = self.averages.state

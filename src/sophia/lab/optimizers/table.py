@@ -26,7 +26,8 @@ from sophia.lab.optimizers import (
     third_party,
 )
 from sophia.lab.optimizers.contender import Contender
-from sophia.lab.support.errors import UsageError
+from sophia.lab.support.errors import LabError, UsageError
+from sophia.numerics import words
 
 __all__ = ["CONTENDERS", "FILES", "by_name", "find", "of"]
 
@@ -44,6 +45,7 @@ FILES: tuple[ModuleType, ...] = (
     muon,
 )
 """In the order of `sophia contenders`."""
+FIRST = "of all first versions"
 
 
 def by_name(files: Iterable[ModuleType]) -> dict[str, Contender]:
@@ -78,10 +80,17 @@ def find(name: str, path: str | None = None) -> Contender:
 
 
 def of(optimizer: run.Optimizer) -> Contender:
-    """The contender of a run. Raises ``LabError`` if its class is not the one the run was planned with."""
+    """The contender of a run. Raises ``LabError`` if its code is not the one the run was planned with."""
     path = optimizer.settings.get(third_party.CLASS)
-    if path is None:
-        return find(optimizer.contender)
-    return third_party.contender(
-        optimizer.contender, str(path), code=str(optimizer.settings[third_party.CODE])
-    )
+    if path is not None:
+        return third_party.contender(
+            optimizer.contender, str(path), code=str(optimizer.settings[third_party.CODE])
+        )
+    row = find(optimizer.contender)
+    if optimizer.numerics != (now := words(row.numerics)):
+        raise LabError(
+            f"{row.name}: the run was planned with the numerics {optimizer.numerics or FIRST}, and now they "
+            f"are {now or FIRST} (sophia/numerics.py says what changed). Going on would mix two optimizers. "
+            "Start another run, or go on with the code of that time."
+        )
+    return row

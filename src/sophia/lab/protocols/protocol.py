@@ -15,7 +15,7 @@ from dataclasses import field, replace
 from sophia.lab.config import run as config
 from sophia.lab.config.field_types import AtLeastZero, Count, Device, Seed
 from sophia.lab.config.protocol_parts import Entry, Evaluation, Schedule, Search
-from sophia.lab.config.run import Data, Model, Optimizer, Run, Setting
+from sophia.lab.config.run import Data, Model, Run, Setting
 from sophia.lab.config.search_space import WARMUP, Space
 from sophia.lab.optimizers.contender import Contender
 from sophia.lab.optimizers.table import find
@@ -156,7 +156,7 @@ class Protocol:
         evaluated = max(self.budgets) if stable else steps
         return Run(
             data=data,
-            optimizer=Optimizer(label, self.row(label).settings({**entry.settings, **over})),
+            optimizer=self.row(label).configured({**entry.settings, **over}),
             model=self.model,
             schedule=config.Schedule(
                 kind=self.schedule.kind,

@@ -12,15 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sophia.lab.config.field_types import AtLeastZero, Count, Device, Fraction, Precision, Whole
-from sophia.lab.config.run import (
-    Data,
-    Evaluation,
-    Model,
-    Optimizer,
-    Run,
-    Schedule,
-    Setting,
-)
+from sophia.lab.config.run import Data, Evaluation, Model, Run, Schedule, Setting
 from sophia.lab.optimizers import table as contenders
 from sophia.lab.support.dataclass_json import checked_dataclass
 from sophia.lab.support.errors import UsageError
@@ -94,7 +86,7 @@ class Recipe:
         settings = {**self.contenders[contender], **(over or {})}
         return Run(
             data=data,
-            optimizer=Optimizer(contender, contenders.find(contender).settings(settings)),
+            optimizer=contenders.find(contender).configured(settings),
             model=self.model,
             schedule=Schedule(warmup=self.warmup, floor=self.floor),
             evaluation=Evaluation(every=max(1, steps // self.evaluations), sequences=self.held_out),

@@ -213,7 +213,8 @@ def _environments(runs: Iterable[Run]) -> dict[str, str]:
     for run in runs:
         environment = run.result.get("environment")
         for key, value in flat(environment).items() if isinstance(environment, dict) and environment else ():
-            seen.setdefault(key, {})[value] = None
+            if not key.startswith("fingerprint"):  # numbers for the lab, not for people
+                seen.setdefault(key, {})[value] = None
     return {key: "; ".join(values) for key, values in seen.items()}
 
 

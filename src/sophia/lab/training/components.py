@@ -14,6 +14,7 @@ from sophia.lab.config.run import Run
 from sophia.lab.data.tokens import Tokens, bits_per_byte
 from sophia.lab.models import build
 from sophia.lab.optimizers import table
+from sophia.lab.optimizers.contender import Contender
 from sophia.lab.support.errors import UsageError
 from sophia.lab.training.processes import Solo
 
@@ -32,8 +33,8 @@ class Components:
     """In its wrapper, on the device."""
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    closure: bool
-    """Whether the optimizer makes passes of its own, and is given a closure for them."""
+    contender: Contender
+    """How it was built, and whether it is given a closure."""
     peaks: list[float]
     """Learning rate of each parameter group, before the schedule's factor."""
     gradients_per_step: float
@@ -84,7 +85,7 @@ def components(run: Run, tokens: Tokens, team: Solo, *, recompute: bool) -> Comp
         model=model,
         parameters=[p for p in model.parameters() if p.requires_grad],
         optimizer=optimizer,
-        closure=row.closure,
+        contender=row,
         # Read before a checkpoint is loaded, which puts the rates of its own step into the groups.
         peaks=[group["lr"] for group in optimizer.param_groups],
         gradients_per_step=1 + row.gradients(settings),

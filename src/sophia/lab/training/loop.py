@@ -24,6 +24,7 @@ from sophia.lab.support.files import locked
 from sophia.lab.support.signals import Request
 from sophia.lab.training import checkpoint, components
 from sophia.lab.training.components import Components
+from sophia.lab.training.fingerprint import provenance_of
 from sophia.lab.training.position import Position
 from sophia.lab.training.processes import Solo
 from sophia.lab.training.run_folder import Record, Silent
@@ -103,7 +104,7 @@ def _train(
             loss, norm = components.gradients(parts, batch)
             # Asked before the step: a gradient that is not finite would stay in weights and averages.
             if finite := math.isfinite(loss) and math.isfinite(norm):
-                if parts.closure:
+                if parts.contender.closure:
                     optimizer.step(functools.partial(_again, parts, batch))
                 else:
                     optimizer.step()
@@ -219,6 +220,11 @@ def _end(
         "gradient_clipped": position.clipped_share,
         "environment": {
             **provenance.describe(threads=run.threads, device=run.device),
-            **({"processes": team.size, "layout": type(team).__name__} if team.size > 1 else {}),
+            # Not where there are several processes: the small problem would be summed over them.
+            **(
+                {"processes": team.size, "layout": type(team).__name__}
+                if team.size > 1
+                else provenance_of(parts.contender, parts.optimizer, run.device)
+            ),
         },
     }

@@ -18,8 +18,10 @@ from statistics import fmean
 from sophia.lab.config.run import Run
 from sophia.lab.data.tokens import Tokens
 from sophia.lab.models import size
+from sophia.lab.optimizers import table
 from sophia.lab.support.errors import LabError
 from sophia.lab.support.signals import Request
+from sophia.lab.training.fingerprint import fingerprint
 from sophia.lab.training.loop import train
 from sophia.lab.training.run_folder import Record
 
@@ -52,7 +54,9 @@ def measure(
 
     Raises ``LabError`` if the contender diverges that early, and what `train` raises.
     """
-    size.parameters(config.model)  # imports what building a model needs, once a process
+    # Once a process: imports of what a model needs, and the fingerprint that every result has.
+    size.parameters(config.model)
+    fingerprint(table.of(config.optimizer), config.device)
     there = len(tokens.validation) // config.model.context
     planned = max(1, min(config.evaluation.sequences, there))
     sequences = min(planned, 4 * config.batch)  # enough to see what one takes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sophia.lab.config.run import Data, Evaluation, Model, Optimizer, Run, Schedule, Setting
+from sophia.lab.config.run import Data, Evaluation, Model, Run, Schedule, Setting
 from sophia.lab.data import corpus, tokens
 from sophia.lab.data.tokens import BYTES, Tokens
 from sophia.lab.experiments.framework.progress import Progress
@@ -72,7 +72,7 @@ class Bench:
         steps = shape.steps if steps is None else steps
         config = Run(
             data=self.data,
-            optimizer=Optimizer(contender, table.find(contender).settings(settings)),
+            optimizer=table.find(contender).configured(settings),
             model=shape.model,
             schedule=Schedule(warmup=shape.warmup),
             evaluation=Evaluation(every=steps, sequences=shape.held_out),
