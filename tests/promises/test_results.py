@@ -35,7 +35,8 @@ def lines(heading):
 
 def test_every_entry_has_its_line_and_every_line_its_entry():
     """A record of which nobody knows what it is, or a line about one that is gone."""
-    files = [path for path in committed(RESULTS) if path != Path("README.md")]
+    about = {Path("README.md"), Path("missing-commits.toml")}
+    files = [path for path in committed(RESULTS) if path not in about]
     kinds = {path.parts[0] for path in files}
     assert kinds == {"audits", "benchmarks", "comparisons", "experiments", "searches", "studies"}
     for kind in sorted(kinds):
