@@ -1,8 +1,7 @@
 """T steps of AdamW against T/2 of Sophia, each with a whole schedule of its own, at several sizes.
 
 The comparison of a size is an ordinary one: a protocol, a search with equal trials for both, runs at T and
-T/2 with paired seeds. It lies in a folder that `sophia report` reads. Two of the sizes were compared before
-and are read from there, if they are there.
+T/2 with paired seeds, in a folder that `sophia report` reads. Two of the sizes were compared before.
 """
 
 from __future__ import annotations
