@@ -32,6 +32,8 @@ class Estimate:
     """
     count: float
     """B, the number of predictions averaged, over all micro-batches and ranks."""
+    drawn: bool = True
+    """Whether the labels drawn gave a gradient in the outputs; if not, zero is what they estimate."""
 
 
 class MicroBatch(Protocol):
@@ -52,6 +54,10 @@ class MicroBatch(Protocol):
     @property
     def count(self) -> int:
         """How many predictions count, over all heads."""
+
+    @property
+    def share(self) -> float:
+        """What this part stands for: what counts in the step over what counts here, 1 or more."""
 
     @property
     def masks(self) -> Sequence[Tensor]:
@@ -105,6 +111,8 @@ class PassContext:
     """Adds up a count over the ranks; call it on every rank."""
     counts: Sequence[float] = ()
     """``count`` head by head."""
+    totals: Sequence[float] = ()
+    """The predictions of the whole step, head by head, over all ranks: ``counts`` where the pass runs all."""
 
 
 class PassByHand(abc.ABC):

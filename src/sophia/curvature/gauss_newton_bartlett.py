@@ -54,12 +54,18 @@ class GaussNewtonBartlett(Estimator):
         """Return ``(gradient of the sampled loss, summed and divided by sqrt(B))^2``."""
         heads = heads_of(self.likelihood)
         # Equal on all ranks: a head that counts nothing anywhere is left out everywhere.
-        scales = [h.weight**0.5 * n**-0.5 if n else 0.0 for h, n in zip(heads, context.counts, strict=True)]
+        weights = [h.weight / n if n else 0.0 for h, n in zip(heads, context.totals, strict=True)]
+        drawn = False
         for batch in context.micro_batches:
-            self._backward(batch, heads, scales)
-        return Estimate(_squares(context.sum_over_ranks(take_gradients(context.parameters))), context.count)
+            # Each prediction weighs 1 / B in the loss of the whole step; a part of it stands for ``share``
+            # times as many. So the square of the sum is unbiased, whichever part each rank has drawn.
+            drawn |= self._backward(batch, heads, [(weight * batch.share) ** 0.5 for weight in weights])
+        squares = _squares(context.sum_over_ranks(take_gradients(context.parameters)))
+        return Estimate(squares, context.count, drawn)
 
-    def _backward(self, batch: MicroBatch, heads: Sequence[Head], scales: Sequence[float]) -> None:
+    def _backward(self, batch: MicroBatch, heads: Sequence[Head], scales: Sequence[float]) -> bool:
+        """Back-propagate the gradients for labels drawn from the model; returns whether any is not zero."""
+        drawn = False
         roots: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         returned, readouts = batch.forward_with_readouts()
@@ -70,15 +76,19 @@ class GaussNewtonBartlett(Estimator):
                 continue
             likelihood, labels = head.likelihood, batch.generator(head.purpose)
             if readout is not None and isinstance(likelihood, Categorical) and likelihood.pairs:
-                roots.append(readout.loss(likelihood.contrast(output, mask, labels, scale=scale)))
+                contrast = likelihood.contrast(output, mask, labels, scale=scale)
+                drawn |= not contrast.is_zero()
+                roots.append(readout.loss(contrast))
                 cotangents.append(None)
             else:
                 roots.append(output)
                 cotangents.append(likelihood.sampled_gradient(output, mask, labels, scale=scale))
+                drawn |= bool(cotangents[-1].any())  # type: ignore[union-attr]
         # The logits go before the backward needs memory. And it is backward, not autograd.grad: sharded
         # parameters and reentrant checkpointing need it.
         del returned, output
         torch.autograd.backward(roots, cotangents)
+        return drawn
 
     def by_hand(self, context: PassContext) -> PassByHand:
         """Return the handle with ``sampled_loss(logits, mask)``."""
