@@ -116,13 +116,28 @@ LOOPS = [
 ]
 
 
+def mean_of_means(sizes):
+    """What a prediction weighs where each micro-batch has the mean over its own."""
+    return lambda mask: torch.cat([part / part.sum() / len(sizes) for part in mask.split(sizes)])
+
+
+NAMED = {case[0]: case[2] for case in LOOPS}
+WEIGHTS = {  # of the loops whose loss is not the mean over all predictions
+    NAMED["sum instead of mean"]: lambda mask: mask,
+    NAMED["4 micro-batches"]: mean_of_means([4, 4, 4, 4]),
+    NAMED["uneven micro-batches"]: mean_of_means([1, 9, 6]),
+    NAMED["retained graph, two backwards"]: lambda mask: 2 * mask / mask.sum(),
+}
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize(("model", "loop"), [case[1:] for case in LOOPS], ids=[case[0] for case in LOOPS])
 def test_h_is_the_curvature_of_the_loop_s_own_loss(model, loop, padded):
     """A loop of this kind would train with a wrongly scaled h, and nobody would notice."""
     model, (x, y) = model(), data(padded=padded)
     logits_of = (lambda m, x: m(x)) if isinstance(model, Bare) else (lambda m, x: m(x)[0])
-    expected, count = oracle(model, x, y >= 0, logits_of)
+    weights = WEIGHTS.get(loop, lambda mask: mask / mask.sum())((y >= 0).float())
+    expected, count = oracle(model, x, y >= 0, logits_of, weights=weights[y >= 0])
     opt = sophia(model)
     loop(model, x, y, opt)
     assert opt.stats()["B"] == count

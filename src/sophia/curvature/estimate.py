@@ -60,6 +60,14 @@ class MicroBatch(Protocol):
         """What this part stands for: what counts in the step over what counts here, 1 or more."""
 
     @property
+    def weights(self) -> Sequence[Tensor | None]:
+        """What each prediction of a head weighs in the training loss, of the shape of its mask; None: 1 / B.
+
+        Before the mean over ranks, and whatever was done to the gradients afterwards:
+        ``PassContext.factor``.
+        """
+
+    @property
     def masks(self) -> Sequence[Tensor]:
         """The mask of each head; one, unless the likelihood is ``sophia.likelihoods.Heads``."""
 
@@ -113,6 +121,8 @@ class PassContext:
     """``count`` head by head."""
     totals: Sequence[float] = ()
     """The predictions of the whole step, head by head, over all ranks: ``counts`` where the pass runs all."""
+    factor: float = 1.0
+    """Of the weights that were read: from a process's loss to what stands in ``.grad``."""
 
 
 class PassByHand(abc.ABC):

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from sophia.checks import SophiaWarning
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
+from sophia.distributed.agreement import Agreement
 from sophia.distributed.collectives import Ranks
 from sophia.distributed.process_groups import ranks_of
 from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
+from sophia.refresh.gradient_scale import factor_of, grad_scaler
 from sophia.refresh.independence import difference, kind_of_inputs, rows_of
 from sophia.refresh.recorder import Recorder, Recording
 from sophia.refresh.replay import (
@@ -33,7 +35,7 @@ from sophia.refresh.replay import (
     rows_to_take,
     usable,
 )
-from sophia.refresh.sandbox import sandbox
+from sophia.refresh.sandbox import same_buffers, sandbox
 from sophia.refresh.seeds import generator, seed_for
 
 _OFTEN = 5
@@ -82,6 +84,7 @@ class Refresher:
 
     def __init__(self, estimator: Estimator, *, fraction: float, group: Any) -> None:
         self.estimator, self.fraction, self.group = estimator, fraction, group
+        self.gradient_scale = 1.0  # of ``.grad`` at the last due step, over what the backward had left there
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
         self._independent: dict[Hashable, bool] = {}  # by kind of input, whether rows may be taken alone
 
@@ -93,6 +96,8 @@ class Refresher:
             the model's.
         """
         self.check_estimator(parameters)
+        measured = recorder.arrivals.scale.measured()  # before the sandbox puts the gradients aside
+        self.gradient_scale = 1.0 if measured is None else measured
         ranks = self.ranks(recorder.model, parameters)
         key = (seed, step, ranks.number)
 
@@ -115,19 +120,30 @@ class Refresher:
                 totals = [ranks.total(total) for total in choice.totals]
                 if sum(totals) == 0:
                     return Estimate([None] * len(parameters), 0.0)
+                factor = self._factor(choice, measured, ranks)
                 of_heads = zip(*(replay.counts for replay in choice.replays), strict=True)
                 counts = [ranks.total(sum(of_head)) for of_head in of_heads]
-                agreement = _Agreement(ranks)
+                agreement = Agreement(ranks, RowsCannotBeTaken)
                 try:
                     with agreement:
-                        return self.estimator.estimate(
-                            self._context(parameters, choice.replays, counts, totals, (seed, step), agreement)
+                        context = self._context(
+                            parameters, choice.replays, counts, totals, factor, (seed, step), agreement
                         )
+                        return self.estimator.estimate(context)
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
                     cut = self._take_whole_batches(recorder.model, ranks, kind, str(reason))
                 # What a pass that was given up left there must not enter the next one.
                 for parameter in parameters:
                     parameter.grad = None
+
+    @staticmethod
+    def _factor(choice: Choice, measured: float | None, ranks: Ranks) -> float:
+        """From the weights that were read to those of the gradient in ``.grad``: the mean over the ranks, and
+        what was done to it since the backward.
+        """
+        whole = ranks.total(sum(weight for weight in choice.weights if weight is not None)) / ranks.size
+        factor = factor_of(measured, whole, grad_scaler(), micro_batches=choice.micro_batches)
+        return factor / ranks.size
 
     def _may_cut(self, recorder: Recorder, ranks: Ranks, key: tuple[int | str, ...]) -> tuple[Hashable, bool]:
         """The kind of the recorded input, and whether its rows are independent: asked of the model once a
@@ -167,7 +183,8 @@ class Refresher:
         part = rows_of(recording.args, rows, batch), rows_of(dict(recording.kwargs), rows, batch)
 
         def outputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
-            with recording.autocast.again():
+            # Both forwards from the same buffers: one that counts its calls is no dependence.
+            with recording.autocast.again(), same_buffers(recorder.model):
                 return recorder.find_outputs(recorder.model(*args, **kwargs))
 
         def alone() -> Sequence[Tensor]:
@@ -176,8 +193,12 @@ class Refresher:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if ranks.lockstep:
-                    raise  # the others wait inside this forward
+                if ranks.lockstep:  # the others wait inside this forward
+                    raise RuntimeError(
+                        f"{type(recorder.model).__name__} does not run on a part of the rows of its inputs "
+                        f"({type(error).__name__}: {error}), and a sharded forward that was left half-way "
+                        "cannot be begun again. Pass fraction=1.0: then a refresh takes the whole batch"
+                    ) from error
                 raise RowsCannotBeTaken(f"{type(error).__name__}: {error}") from error
 
         try:
@@ -209,11 +230,11 @@ class Refresher:
         self.check_estimator(parameters)
         ranks = self.ranks(model, parameters)
         ranks.check_same(parameters)
-        agreement = _Agreement(ranks)
+        agreement = Agreement(ranks, RowsCannotBeTaken)
         dropout = seed_for(seed, step, ranks.number, "dropout")
         # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
         with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), agreement:
-            yield self.estimator.by_hand(self._context(parameters, [], [], [], (seed, step), agreement))
+            yield self.estimator.by_hand(self._context(parameters, [], [], [], 1.0, (seed, step), agreement))
 
     def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
         """The ranks that train these parameters."""
@@ -235,8 +256,9 @@ class Refresher:
         batches: Sequence[Replay],
         counts: Sequence[float],
         totals: Sequence[float],
+        factor: float,
         key: tuple[int, ...],
-        agreement: _Agreement,
+        agreement: Agreement,
     ) -> PassContext:
         device, ranks = parameters[0].device, agreement.ranks
 
@@ -252,7 +274,18 @@ class Refresher:
             return generator(device, *key, purpose)
 
         count = float(sum(counts))
-        return PassContext(parameters, batches, count, shared, ranks.number, summed, counted, counts, totals)
+        return PassContext(
+            parameters,
+            batches,
+            count,
+            shared,
+            ranks.number,
+            summed,
+            counted,
+            counts,
+            totals,
+            factor,
+        )
 
     def examined(
         self, estimate: Estimate, device: torch.device, ranks: Ranks
@@ -289,34 +322,6 @@ class Refresher:
             "the outputs do not depend on them (a factor of zero?). h averages zeros, and they move by sign "
             "momentum"
         )
-
-
-class _Agreement:
-    """Agreement of the ranks, once in a pass, on whether it worked: before the first sum, or when something
-    failed, or at the end if there was neither.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._reached = ranks, False
-
-    def reach(self, error: Exception | None = None) -> None:
-        """Agree, once. With an error, nothing comes after it: it is raised, on all ranks where that is
-        possible.
-        """
-        if error is not None and (self._reached or self.ranks.lockstep):
-            raise error  # the others are not here: they wait inside a forward, and end when this process does
-        if not self._reached:
-            self._reached = True
-            self.ranks.agree(error, mild=RowsCannotBeTaken)
-
-    def __enter__(self) -> _Agreement:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.reach()
-        elif isinstance(error, Exception) and not self._reached:
-            self.reach(error)
 
 
 def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:

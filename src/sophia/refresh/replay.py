@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ class Replay:
     counts: tuple[int, ...]
     key: tuple[int | str, ...]
     rows: int | None
+    weights: tuple[Tensor | None, ...]
+    """What each prediction of a head weighs in the loss, of the shape of its mask; None where it is 1 / B."""
     share: float
     """What this part stands for: what counts in the step over what counts here, in micro-batches or in rows.
     An estimate from the part, times it, is unbiased for the whole.
@@ -118,6 +120,10 @@ class Choice:
     replays: list[Replay]
     totals: tuple[int, ...]
     """Predictions that count in the whole step of this process, head by head."""
+    weights: tuple[float | None, ...]
+    """The sum of their weights in the loss, head by head; None where they were not read."""
+    micro_batches: int = 1
+    """Forwards of the whole step."""
 
 
 def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], cut: bool) -> Choice:
@@ -134,21 +140,42 @@ def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], c
     """
     recordings = usable(recorder)
     masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
+    read = _are_read(recordings)
     totals = tuple(sum(int(mask.sum()) for mask in of_head) for of_head in zip(*masks, strict=True))
     if len(recordings) > 1:
         # Less 1e-9: 1/3 of three is one, not two.
         number = max(1, math.ceil(fraction * len(recordings) - 1e-9))
         counting = [any(bool(mask.any()) for mask in of_one) for of_one in masks]
         chosen, share = _drawn(counting, number, (*key, "micro-batches"))
-        taken = [_replay(recorder, recordings[i], masks[i], None, share, (*key, i)) for i in chosen]
-        return Choice(taken, totals)
+        taken = [_replay(recorder, recordings[i], masks[i], None, read, share, (*key, i)) for i in chosen]
+        return Choice(taken, totals, _sums(recordings, read), len(recordings))
     (recording,), (of_rows,) = recordings, masks
     batch, rows, share = rows_in(recording), None, 1.0
     if cut and (taken_rows := rows_to_take(recording, fraction)) is not None:
         flags = torch.stack([mask.reshape(batch, -1).any(1) for mask in of_rows]).any(0)
         chosen, share = _drawn(flags.tolist(), taken_rows, (*key, 0, "rows"))
         rows = torch.tensor(chosen)
-    return Choice([_replay(recorder, recording, of_rows, rows, share, (*key, 0))], totals)
+    taken = [_replay(recorder, recording, of_rows, rows, read, share, (*key, 0))]
+    return Choice(taken, totals, _sums(recordings, read))
+
+
+def _are_read(recordings: Sequence[Recording]) -> tuple[bool, ...]:
+    """Head by head, whether the weights of all predictions that count were read."""
+    heads = zip(*(r.outputs for r in recordings), strict=True)
+    return tuple(
+        all(part.weights is not None and not part.unread for part in of_head if part.mask is not None)
+        and any(part.weights is not None for part in of_head)
+        for of_head in heads
+    )
+
+
+def _sums(recordings: Sequence[Recording], read: tuple[bool, ...]) -> tuple[float | None, ...]:
+    """The sum of all weights of the step, head by head; None where they were not read."""
+    heads = zip(*(r.outputs for r in recordings), strict=True)
+    return tuple(
+        sum(float(part.weights.sum()) for part in of_head if part.weights is not None) if known else None
+        for of_head, known in zip(heads, read, strict=True)
+    )
 
 
 def usable(recorder: Recorder) -> list[Recording]:
@@ -196,20 +223,29 @@ def _replay(
     recording: Recording,
     masks: tuple[Tensor, ...],
     rows: Tensor | None,
+    read: tuple[bool, ...],
     share: float,
     key: tuple[int | str, ...],
 ) -> Replay:
     args, kwargs = recording.args, dict(recording.kwargs)
+    parts = zip(recording.outputs, masks, read, strict=True)
+    weights = tuple(
+        (torch.zeros_like(mask, dtype=torch.float32) if part.weights is None else part.weights)
+        if known
+        else None
+        for part, mask, known in parts
+    )
     if rows is not None:
         batch = rows_in(recording)
         args, kwargs = rows_of(args, rows, batch), rows_of(kwargs, rows, batch)
         masks = tuple(mask[rows.to(mask.device)] for mask in masks)
+        weights = tuple(None if w is None else w[rows.to(w.device)] for w in weights)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
     args, kwargs = _detached(args), _detached(kwargs)
     counts = tuple(int(mask.sum()) for mask in masks)
     taken = None if rows is None else len(rows)
-    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, share)
+    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, weights, share)
 
 
 def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
