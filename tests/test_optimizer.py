@@ -317,7 +317,7 @@ def test_mixed_dtypes_and_layouts_equal_one_optimizer_each():
         curvatures, grads = curvature_of(together, step), noise_like(together, step, scale=0.3)
         for p, one, h, g in zip(alone, opts, curvatures, grads, strict=True):
             if step % 3 == 0 and p.numel():
-                set_curvature(one, [h.double() + 1e-30])  # a pass that is zero everywhere would be skipped
+                set_curvature(one, [h.double() + 1e-30])
             p.grad = g
             one.step()
     for a, b in zip(together, alone, strict=True):

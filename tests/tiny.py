@@ -105,9 +105,11 @@ class ForcedLabels(Categorical):
         return self.labels[self.used - len(probabilities) : self.used]
 
 
-def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=None):
+def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=None, weights=None):
     """``B * (gradient of the mean cross-entropy on the chosen labels)^2`` of the whole batch at once, or of
     the difference between two labels, divided by sqrt(2); (by parameter, B).
+
+    With ``weights``, one a counted prediction: the square of the gradient of their roots times the losses.
     """
     likelihood = LabelsFromLogits() if likelihood is None else likelihood
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -115,17 +117,19 @@ def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=No
     checkpoint, model.checkpoint = getattr(model, "checkpoint", None), None
     logits = logits_of(model, x)[mask].float()
     labels = likelihood.draw(torch.softmax(logits.detach(), -1), None)
+    count = int(mask.sum())
     if likelihood.pairs:
         assert labels.shape[1] == 2
-        loss = (F.cross_entropy(logits, labels[:, 0]) - F.cross_entropy(logits, labels[:, 1])) / 2**0.5
+        first, second = (F.cross_entropy(logits, labels[:, i], reduction="none") for i in (0, 1))
+        losses = (first - second) / 2**0.5
     else:
-        loss = F.cross_entropy(logits, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    roots = torch.full((count,), count**-0.5) if weights is None else weights.sqrt()
+    loss = (losses * roots).sum()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     model.checkpoint = checkpoint
-    count = int(mask.sum())
     return {
-        p: torch.zeros_like(p) if g is None else count * g * g
-        for p, g in zip(parameters, gradients, strict=True)
+        p: torch.zeros_like(p) if g is None else g * g for p, g in zip(parameters, gradients, strict=True)
     }, count
 
 

@@ -17,10 +17,20 @@ HISTORY: Mapping[str, tuple[str, ...]] = {
     "gnb": (
         "7e0e799 one label drawn for each prediction",
         "0ab981e pairs of labels in place of one (2026-11-24)",
+        "744d3f6 a drawn part of the batch, zeros averaged, weights of predictions read (2026-11-27)",
     ),
-    "gnb_single": ("7e0e799 Gauss-Newton-Bartlett with single labels, `pairs=0`",),
-    "hutchinson": ("7e0e799 Hessian-vector product with one random direction",),
-    "empirical_fisher": ("7e0e799 squared gradients of the training labels",),
+    "gnb_single": (
+        "7e0e799 Gauss-Newton-Bartlett with single labels, `pairs=0`",
+        "744d3f6 a drawn part of the batch, zeros averaged, weights of predictions read (2026-11-27)",
+    ),
+    "hutchinson": (
+        "7e0e799 Hessian-vector product with one random direction",
+        "744d3f6 a drawn part of the batch (2026-11-27)",
+    ),
+    "empirical_fisher": (
+        "7e0e799 squared gradients of the training labels",
+        "744d3f6 a drawn part of the batch (2026-11-27)",
+    ),
     # rules
     "paper": ("7e0e799 Algorithm 3 of arXiv 2305.14342v4",),
     "damped": (

@@ -467,7 +467,7 @@ class Sophia(torch.optim.Optimizer):
         parameters = self._trained() or self._parameters()
         self.param_groups[0]["counted"] = estimate.count
         ranks = self._refresher.ranks(self._model, parameters)
-        objection = self._refresher.objection(estimate, parameters[0].device, ranks)
+        objection, remark = self._refresher.examined(estimate, parameters[0].device, ranks)
         if objection is not None:
             for group in groups:
                 group["skipped"] += 1
@@ -477,6 +477,8 @@ class Sophia(torch.optim.Optimizer):
                 "opt.stats() counts skips",
             )
             return
+        if remark is not None:
+            self._warn_once("remark", remark)
         # By identity: a tensor's own == compares elements.
         diagonals = {id(p): d for p, d in zip(parameters, estimate.diagonal, strict=True)}
         unreached = [p for p in parameters if diagonals[id(p)] is None and p.grad is not None]

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, ShardingStrategy, fully_sha
 from torch.nn.parallel import DistributedDataParallel
 
 from sophia import Sophia
+from sophia.refresh.replay import _drawn
 from tiny import GPT, LabelsFromLogits, data
 
 DDP = {
@@ -229,8 +230,14 @@ def half_of_the_rows():
         model(x[rows], y[rows])[1].backward()
         opt.step()
         counts.append(opt.stats()["B"])
-    expected = float((y[:3] >= 0).sum() + (y[6:11] >= 0).sum())
-    return counts == [expected] * 2, layouts.equal_on_all_ranks(model.parameters())
+    expected = []
+    for step in range(2):
+        halves = [
+            torch.arange(16)[own][_drawn([True] * n, n // 2, (0, step, rank, 0, "rows"))[0]]
+            for rank, (own, n) in enumerate([(slice(0, 6), 6), (slice(6, 16), 10)])
+        ]
+        expected.append(float((y[torch.cat(halves)] >= 0).sum()))
+    return counts == expected, layouts.equal_on_all_ranks(model.parameters())
 
 
 def test_a_fraction_of_unequal_batches():

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra [lab]
 
 from sophia import Sophia  # noqa: E402
 from sophia.curvature.exact import gauss_newton_diagonal  # noqa: E402
+from sophia.refresh.replay import _drawn  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 EXAMPLES = dict(re.findall(r"^## (.+?)\n[^#]*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
@@ -175,7 +176,10 @@ def test_examples_with_models(title, batch):
     torch.manual_seed(0)
     batches = [batch(step) for step in range(11)]
     opt = run(title, batches=batches)["opt"]
-    taken = batches[10]["labels"][:1] != -100  # an eighth of eight rows
+    labels = batches[10]["labels"] != -100
+    counting = labels.reshape(8, -1).any(1).tolist()
+    (row,), _ = _drawn(counting, 1, (0, 10, 0, 0, "rows"))  # an eighth of eight rows, drawn at step 10
+    taken = labels[row]
     assert (opt.stats()["refreshes"], opt.stats()["B"]) == (2, int(taken.sum()))
 
 
@@ -198,7 +202,8 @@ def test_example_with_several_outputs():
     names = {"cross_entropy": F.cross_entropy, "mse_loss": F.mse_loss}
     opt = run("Several outputs", model=model, batches=[batch] * 11, **names)["opt"]
     assert opt.stats()["refreshes"] == 2
-    assert opt.stats()["B"] == int((y[:1] >= 0).sum()) + 1
+    (row,), _ = _drawn([True] * 8, 1, (0, 10, 0, 0, "rows"))
+    assert opt.stats()["B"] == int((y[row] >= 0).sum()) + 1
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -267,7 +272,8 @@ def test_example_of_a_fused_loss():
     labels = y.masked_fill(y < 0, -100)
     opt = run("No logits: fused linear cross-entropy", model=model, batches=[(x, labels)] * 11)["opt"]
     assert opt.stats()["refreshes"] == 2
-    assert opt.stats()["B"] == int((labels[:1] != -100).sum())
+    (row,), _ = _drawn([True] * 8, 1, (0, 10, 0, 0, "rows"))
+    assert opt.stats()["B"] == int((labels[row] != -100).sum())
 
 
 def test_a_fused_loss_without_logits_fn_says_what_to_write():

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="needs the extra [lab]")
 
 from sophia import Sophia  # noqa: E402
+from sophia.refresh.replay import _drawn  # noqa: E402
 
 
 def gpt2(**settings):
@@ -170,9 +171,12 @@ def test_hutchinson_with_the_item_count_is_the_hessian_of_the_mean():
 def test_half_of_the_rows_of_keyword_inputs():
     """Cut alike, on a BatchEncoding-like call."""
     model, (x, attention, labels, counted) = gpt2(), causal_batch()
+    rows, share = _drawn([True] * 16, 8, (0, 0, 0, 0, "rows"))
     expected, count = oracle(
-        model, x[:8], counted[:8], lambda m, x: m(input_ids=x, attention_mask=attention[:8]).logits
+        model, x[rows], counted[rows], lambda m, x: m(input_ids=x, attention_mask=attention[rows]).logits
     )
+    whole = share * count / int(counted.sum())  # the half stands for the whole
+    expected = {p: whole * d for p, d in expected.items()}
     opt = Sophia(model, fraction=0.5, likelihood=LabelsFromLogits())
     in_one(model, x, attention, labels, counted)
     opt.step()

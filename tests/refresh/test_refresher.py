@@ -337,9 +337,19 @@ def test_a_curvature_of_zero_everywhere_is_said():
     weight = nn.Parameter(torch.ones(3))
     opt = Sophia([weight], mode="manual")
     weight.grad = torch.ones(3)
-    with pytest.warns(SophiaWarning, match="it is zero everywhere"), opt.hessian_pass() as hp:
-        hp.sampled_loss(weight[None] * torch.zeros(1, 3)).backward()
-    assert opt.stats()["refreshes"] == 0
+
+    def refresh():
+        with opt.hessian_pass() as hp:
+            hp.sampled_loss(weight[None] * torch.zeros(1, 3)).backward()
+
+    for _ in range(10):  # some draws are of equal labels, which give no gradient to begin with
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            refresh()
+        if said:
+            break
+    assert "none in any parameter" in str(said[0].message)
+    assert opt.stats()["skipped"] == 0  # zero is what it estimates: it is averaged
 
 
 def test_parameters_that_the_logits_do_not_reach_are_said():

@@ -32,6 +32,8 @@ class Estimate:
     """
     count: float
     """B, the number of predictions averaged, over all micro-batches and ranks."""
+    drawn: bool = True
+    """Whether the labels drawn gave a gradient in the outputs; if not, zero is what they estimate."""
 
 
 class MicroBatch(Protocol):
@@ -52,6 +54,18 @@ class MicroBatch(Protocol):
     @property
     def count(self) -> int:
         """How many predictions count, over all heads."""
+
+    @property
+    def share(self) -> float:
+        """What this part stands for: what counts in the step over what counts here, 1 or more."""
+
+    @property
+    def weights(self) -> Sequence[Tensor | None]:
+        """What each prediction of a head weighs in the training loss, of the shape of its mask; None: 1 / B.
+
+        Before the mean over ranks, and whatever was done to the gradients afterwards:
+        ``PassContext.factor``.
+        """
 
     @property
     def masks(self) -> Sequence[Tensor]:
@@ -105,6 +119,10 @@ class PassContext:
     """Adds up a count over the ranks; call it on every rank."""
     counts: Sequence[float] = ()
     """``count`` head by head."""
+    totals: Sequence[float] = ()
+    """The predictions of the whole step, head by head, over all ranks: ``counts`` where the pass runs all."""
+    factor: float = 1.0
+    """Of the weights that were read: from a process's loss to what stands in ``.grad``."""
 
 
 class PassByHand(abc.ABC):

@@ -54,31 +54,66 @@ class GaussNewtonBartlett(Estimator):
         """Return ``(gradient of the sampled loss, summed and divided by sqrt(B))^2``."""
         heads = heads_of(self.likelihood)
         # Equal on all ranks: a head that counts nothing anywhere is left out everywhere.
-        scales = [h.weight**0.5 * n**-0.5 if n else 0.0 for h, n in zip(heads, context.counts, strict=True)]
+        drawn = False
         for batch in context.micro_batches:
-            self._backward(batch, heads, scales)
-        return Estimate(_squares(context.sum_over_ranks(take_gradients(context.parameters))), context.count)
+            drawn |= self._backward(batch, heads, self._roots(batch, heads, context))
+        squares = _squares(context.sum_over_ranks(take_gradients(context.parameters)))
+        return Estimate(squares, context.count, drawn)
 
-    def _backward(self, batch: MicroBatch, heads: Sequence[Head], scales: Sequence[float]) -> None:
+    @staticmethod
+    def _roots(
+        batch: MicroBatch, heads: Sequence[Head], context: PassContext
+    ) -> list[tuple[float, Tensor | None]]:
+        """For each head the root of what its predictions weigh: a number, and a tensor where they differ.
+
+        In the loss of the whole step a prediction weighs 1 / B, or what was read from the user's backward; a
+        part of the step stands for ``share`` times as many. So the square of the sum is unbiased, whichever
+        part each rank has drawn.
+        """
+        roots: list[tuple[float, Tensor | None]] = []
+        for head, total, weights in zip(heads, context.totals, batch.weights, strict=True):
+            if not total:  # equal on all ranks: a head that counts nothing anywhere is left out everywhere
+                roots.append((0.0, None))
+            elif weights is None:
+                roots.append(((head.weight * batch.share / total) ** 0.5, None))
+            else:
+                roots.append(((context.factor * batch.share) ** 0.5, weights.clamp(min=0).sqrt()))
+        return roots
+
+    def _backward(
+        self, batch: MicroBatch, heads: Sequence[Head], scales: Sequence[tuple[float, Tensor | None]]
+    ) -> bool:
+        """Back-propagate the gradients for labels drawn from the model; returns whether any is not zero."""
+        drawn = False
         roots: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         returned, readouts = batch.forward_with_readouts()
-        for head, output, readout, mask, scale in zip(
+        for head, output, readout, mask, (scale, weights) in zip(
             heads, batch.outputs(returned), readouts, batch.masks, scales, strict=True
         ):
             if not scale:
                 continue
             likelihood, labels = head.likelihood, batch.generator(head.purpose)
             if readout is not None and isinstance(likelihood, Categorical) and likelihood.pairs:
-                roots.append(readout.loss(likelihood.contrast(output, mask, labels, scale=scale)))
+                contrast = likelihood.contrast(output, mask, labels, scale=scale)
+                if weights is not None:
+                    contrast = contrast.times(weights.reshape(-1))
+                drawn |= not contrast.is_zero()
+                roots.append(readout.loss(contrast))
                 cotangents.append(None)
             else:
+                gradient = likelihood.sampled_gradient(output, mask, labels, scale=scale)
+                if weights is not None:
+                    shape = (*weights.shape, *[1] * likelihood.event_dims)
+                    gradient = (gradient * weights.view(shape)).to(gradient.dtype)
+                drawn |= bool(gradient.any())
                 roots.append(output)
-                cotangents.append(likelihood.sampled_gradient(output, mask, labels, scale=scale))
+                cotangents.append(gradient)
         # The logits go before the backward needs memory. And it is backward, not autograd.grad: sharded
         # parameters and reentrant checkpointing need it.
         del returned, output
         torch.autograd.backward(roots, cotangents)
+        return drawn
 
     def by_hand(self, context: PassContext) -> PassByHand:
         """Return the handle with ``sampled_loss(logits, mask)``."""

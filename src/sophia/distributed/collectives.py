@@ -54,13 +54,21 @@ class Ranks:
         return number
 
     @property
+    def size(self) -> int:
+        """How many processes see different data: their gradients are averaged."""
+        size = 1
+        for group in self.data:
+            size *= dist.get_world_size(group)
+        return size
+
+    @property
     def lockstep(self) -> bool:
         """Whether forward and backward themselves wait for other ranks: then one rank cannot leave them
         alone.
         """
         return self.wrapping.lockstep()
 
-    def total(self, count: int) -> float:
+    def total(self, count: float) -> float:
         """The number of counted predictions over all ranks."""
         # float64: exact to 2**53 predictions, and float32 is not beyond 2**24.
         counts = torch.tensor([float(count)], dtype=torch.float64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sophia.likelihoods.likelihood import Likelihood
 from sophia.likelihoods.sampling import Contrast, at_least_float32, chunks, counted_rows, fine, inverse_cdf
+from sophia.likelihoods.weights import Probes, Reading, probes_of, read_weights
 
 __all__ = ["Categorical"]
 
@@ -90,6 +91,14 @@ class Categorical(Likelihood):
         """``diag(p) - p p^T`` for each row."""
         p = torch.softmax(outputs, -1)
         return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+    def probes(self, outputs: Tensor) -> Probes:
+        """A few classes of each prediction, and their probabilities."""
+        return probes_of(outputs)
+
+    def weights(self, gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
+        """Slopes of the gradient over the probabilities (``likelihoods.weights``)."""
+        return read_weights(gradient, probes, counted)
 
     def mismatch(self, gradient: Tensor) -> float:
         """The gradient of a cross-entropy is p - q with two distributions: it sums to zero over the

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sophia.likelihoods.likelihood import Likelihood
 from sophia.likelihoods.sampling import at_least_float32
+from sophia.likelihoods.weights import Reading, read_yes_or_no
 
 __all__ = ["Bernoulli", "Gaussian", "Poisson"]
 
@@ -27,6 +28,14 @@ class Bernoulli(Likelihood):
             p = torch.sigmoid(outputs.detach().to(at_least_float32(outputs)))
             uniforms = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
             return ((p - (uniforms < p).to(p.dtype)) * (scale * mask)).to(outputs.dtype)
+
+    def probes(self, outputs: Tensor) -> Tensor:
+        """The probabilities."""
+        return torch.sigmoid(outputs.detach().to(at_least_float32(outputs)))
+
+    def weights(self, gradient: Tensor, probes: Tensor, counted: Tensor) -> Reading:
+        """``gradient / (p - y)``, where the sign of the gradient tells y."""
+        return read_yes_or_no(gradient, probes, counted)
 
     def output_curvature(self, outputs: Tensor) -> Tensor:
         """``p (1 - p)`` for each element."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia.likelihoods.sampling import rows_per_chunk
+from sophia.likelihoods.weights import Reading
 
 __all__ = ["Likelihood"]
 
@@ -67,6 +69,17 @@ class Likelihood(abc.ABC):
         """Exact Hessian of ``-log p`` in the outputs of one prediction: ``(n, V, V)`` for ``(n, V)``,
         ``(n,)`` for ``(n,)``.
         """
+
+    def probes(self, outputs: Tensor) -> Any:
+        """What to keep of the outputs until their gradient arrives, for ``weights``; None if nothing."""
+        return None
+
+    def weights(self, gradient: Tensor, probes: Any, counted: Tensor) -> Reading:
+        """Read the weight of each counted prediction from the gradient of the user's loss in the outputs.
+
+        What is not read is taken for a mean over the predictions: each weighs 1 / B.
+        """
+        return Reading(None)
 
     def mismatch(self, gradient: Tensor) -> float:
         """How unlike this likelihood's the gradient of the user's loss in the outputs is: 0 fits, 1 does

@@ -30,6 +30,15 @@ class Contrast:
     values: Tensor
     """Their gradients, ``(n, 2 pairs)``, to be added up."""
 
+    def times(self, factors: Tensor) -> Contrast:
+        """With a factor for each prediction of the flattened outputs, ``(N,)``."""
+        own = factors if self.rows is None else factors[self.rows]
+        return Contrast(self.rows, self.labels, self.values * own[:, None].to(self.values.dtype))
+
+    def is_zero(self) -> bool:
+        """Whether all pairs are of equal labels, which cancel."""
+        return not bool((self.labels[:, ::2] != self.labels[:, 1::2]).any())
+
     def dense(self, outputs: Tensor) -> Tensor:
         """The same as a tensor like ``outputs``."""
         gradient = torch.zeros_like(outputs, memory_format=torch.contiguous_format)

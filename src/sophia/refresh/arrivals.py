@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
+from sophia.refresh.gradient_scale import GradientScale
 
 __all__ = ["MOST", "MOST_UNUSED", "Arrivals", "Reachable"]
 
@@ -69,6 +70,7 @@ class Arrivals:
             None  # a gradient and its version at the end of the last one
         )
         self._said = False
+        self.scale = GradientScale()
 
     def listen(self, recording: Reachable, outputs: Iterable[Tensor]) -> None:
         """Note when a backward comes through one of the outputs."""
@@ -96,6 +98,7 @@ class Arrivals:
     def _end(self) -> None:
         """The backward is over, and what it computed stands in ``.grad``."""
         gradient = next(self._gradients(), None)
+        self.scale.remember(self._parameters)
         self._mark = None if gradient is None else (TensorWeakRef(gradient), gradient._version)
         for recording in self._now:
             # Not where a wrapper keeps unreduced gradients elsewhere: their absence says nothing then.

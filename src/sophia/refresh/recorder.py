@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +31,7 @@ from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
 from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
+from sophia.refresh.hook import Hook
 from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
 from sophia.refresh.sandbox import in_sandbox
 
@@ -66,6 +66,12 @@ class Outputs:
     """Whether this very tensor is in the model's output: then a loss that uses it sends it a gradient."""
     mask: Tensor | None = None
     """Which predictions count; None until something says so."""
+    probes: Any = None
+    """What the likelihood keeps of the outputs, to read weights from their gradient."""
+    weights: Tensor | None = None
+    """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
+    unread: bool = False
+    """Whether a gradient came whose weights cannot be read."""
 
     @property
     def prediction_shape(self) -> torch.Size:
@@ -126,9 +132,10 @@ class Recorder:
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
         self._checked: set[str] = set()  # heads whose loss has been compared with their likelihood
+        self._said: set[tuple[str, str]] = set()
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True),
-            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
+            model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
         ]
 
     def detach(self) -> None:
@@ -162,6 +169,8 @@ class Recorder:
             return
         if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # inside torch.func (vmap, grad, hessian) there is no .grad, and no step follows
         if not any(p.requires_grad for p in model.parameters()):
             return  # all frozen, as a discriminator in its generator's step: this loss is not about it
         self.arrivals.tidy()
@@ -196,6 +205,7 @@ class Recorder:
         else:
             for part, tensor in zip(outputs, found, strict=True):
                 if tensor.requires_grad:
+                    part.probes = part.head.likelihood.probes(tensor)
                     tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
         self.arrivals.listen(recording, tensors_in(_fields(output)))
         self.recordings.append(recording)
@@ -264,41 +274,17 @@ class Recorder:
                 SophiaWarning,
             )
 
-
-_NO_SCRIPT = (
-    "torch.jit.script compiles the hooks of a module too, and Sophia's cannot be compiled: they record the "
-    "training forwards. Call opt.detach() first, and opt.attach(model) to train on; torch.jit.trace and "
-    "torch.export with strict=False need no detach()"
-)
-
-
-class _Hook:
-    """A hook that forgets its recorder: the model does not keep the optimizer alive, and copies of it do
-    nothing.
-    """
-
-    def __init__(self, recorder: Recorder | None, moment: str) -> None:
-        self._recorder = None if recorder is None else weakref.ref(recorder)
-        self._moment = moment
-
-    @untraced
-    def __call__(self, *arguments: Any) -> None:
-        recorder = None if self._recorder is None else self._recorder()
-        if recorder is not None:
-            getattr(recorder, self._moment)(*arguments)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None, self._moment)
-
-    @property
-    def __name__(self) -> str:
-        # torch.jit.script asks for it before it compiles a hook, and tells the user what is raised.
-        raise AttributeError(_NO_SCRIPT)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled model must load where this library is not installed, so its hooks become a method of the
-        # standard library that takes anything and does nothing.
-        return getattr, (nullcontext(), "__exit__")
+    def say_problem(self, head: Head, problem: str) -> None:
+        """Warn, once a head, that the loss is not what its likelihood says."""
+        if (head.name, "problem") in self._said:
+            return
+        self._said.add((head.name, "problem"))
+        warnings.warn(
+            f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
+            f"mean or weighted cross-entropy: {problem}. Until then h is the curvature of the mean "
+            "cross-entropy",
+            SophiaWarning,
+        )
 
 
 class _Listener:
@@ -314,8 +300,19 @@ class _Listener:
         outputs, recorder = self._outputs(), self._recorder()
         if outputs is None or recorder is None or gradient is None:
             return  # a compiled graph with the loss inside gives no gradient to the logits
-        recorder.check_fit(outputs.head, gradient)
         counted = outputs.head.likelihood.counted(gradient)
+        reading = outputs.head.likelihood.weights(gradient, outputs.probes, counted)
+        if reading.problem is not None:
+            recorder.say_problem(outputs.head, reading.problem)
+        elif reading.weights is None:
+            recorder.check_fit(outputs.head, gradient)
+        if reading.weights is None:
+            outputs.unread = True
+        else:
+            # Two backwards through one output add up in .grad, and so do their weights.
+            outputs.weights = (
+                reading.weights if outputs.weights is None else outputs.weights + reading.weights
+            )
         outputs.mask = counted if outputs.mask is None else outputs.mask | counted
 
 

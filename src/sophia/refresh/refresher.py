@@ -9,7 +9,7 @@ reason why there is none.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,27 @@ from torch import Tensor, nn
 
 from sophia.checks import SophiaWarning
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
+from sophia.distributed.agreement import Agreement
 from sophia.distributed.collectives import Ranks
 from sophia.distributed.process_groups import ranks_of
 from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
-from sophia.refresh.recorder import Recorder
-from sophia.refresh.replay import Replay, RowsCannotBeTaken, choose
-from sophia.refresh.sandbox import sandbox
+from sophia.refresh.gradient_scale import factor_of, grad_scaler
+from sophia.refresh.independence import difference, kind_of_inputs, rows_of
+from sophia.refresh.recorder import Recorder, Recording
+from sophia.refresh.replay import (
+    Choice,
+    Replay,
+    RowsCannotBeTaken,
+    choose,
+    rows_in,
+    rows_to_take,
+    usable,
+)
+from sophia.refresh.sandbox import same_buffers, sandbox
 from sophia.refresh.seeds import generator, seed_for
+
+_OFTEN = 5
 
 __all__ = ["Refresher", "is_due", "staleness"]
 
@@ -71,7 +84,9 @@ class Refresher:
 
     def __init__(self, estimator: Estimator, *, fraction: float, group: Any) -> None:
         self.estimator, self.fraction, self.group = estimator, fraction, group
-        self._least_rows: int | None = 1  # None: the model runs on whole batches alone
+        self.gradient_scale = 1.0  # of ``.grad`` at the last due step, over what the backward had left there
+        self._nothing = 0  # passes in a row of which nothing arrived in the parameters
+        self._independent: dict[Hashable, bool] = {}  # by kind of input, whether rows may be taken alone
 
     def replay(self, recorder: Recorder, parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
         """Estimate the curvature from the recorded forwards.
@@ -81,57 +96,129 @@ class Refresher:
             the model's.
         """
         self.check_estimator(parameters)
+        measured = recorder.arrivals.scale.measured()  # before the sandbox puts the gradients aside
+        self.gradient_scale = 1.0 if measured is None else measured
         ranks = self.ranks(recorder.model, parameters)
         key = (seed, step, ranks.number)
 
-        def chosen() -> list[Replay]:
-            check_recorded(recorder, step)
-            check_ownership(parameters, recorder.model)
-            return choose(recorder, fraction=self.fraction, key=key, least_rows=self._least_rows)
+        def chosen() -> Choice:
+            return choose(recorder, fraction=self.fraction, key=key, cut=cut)
 
         with (
             sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")),
             reducing(recorder.model),
         ):
+            ranks.together(lambda: check_recorded(recorder, parameters, step))
+            kind, cut = self._may_cut(recorder, ranks, key)
             while True:
-                # All ranks choose before any runs: an error in the choice (overwritten inputs, say) is raised
-                # on all, and none is left waiting in a collective of the pass.
-                batches = ranks.together(chosen)
+                # All ranks choose before any runs: an error in the choice is raised on all, and none is left
+                # waiting in a collective of the pass.
+                choice = ranks.together(chosen)
                 ranks.check_same(parameters)
-                # B is known before the pass, so that the sum of the losses is divided by sqrt(B) at once and
-                # fits in half precision.
-                counts = [
-                    ranks.total(sum(of_head)) for of_head in zip(*(b.counts for b in batches), strict=True)
-                ]
-                if sum(counts) == 0:
+                # The count is known before the pass, so that the sum of the losses is divided by sqrt(B) at
+                # once and fits in half precision.
+                totals = [ranks.total(total) for total in choice.totals]
+                if sum(totals) == 0:
                     return Estimate([None] * len(parameters), 0.0)
-                agreement = _Agreement(ranks)
+                factor = self._factor(choice, measured, ranks)
+                of_heads = zip(*(replay.counts for replay in choice.replays), strict=True)
+                counts = [ranks.total(sum(of_head)) for of_head in of_heads]
+                agreement = Agreement(ranks, RowsCannotBeTaken)
                 try:
                     with agreement:
-                        return self.estimator.estimate(
-                            self._context(parameters, batches, counts, (seed, step), agreement)
+                        context = self._context(
+                            parameters, choice.replays, counts, totals, factor, (seed, step), agreement
                         )
+                        return self.estimator.estimate(context)
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
-                    if self._least_rows == 1 and not ranks.lockstep:
-                        self._least_rows = 2  # a single row has no variance: BatchNorm refuses it
-                    else:
-                        self._take_whole_batches(recorder.model, ranks, reason)
+                    cut = self._take_whole_batches(recorder.model, ranks, kind, str(reason))
                 # What a pass that was given up left there must not enter the next one.
                 for parameter in parameters:
                     parameter.grad = None
 
-    def _take_whole_batches(self, model: nn.Module, ranks: Ranks, reason: RowsCannotBeTaken) -> None:
-        said = f"{type(model).__name__} does not run on a part of the rows of its inputs ({reason})"
-        if ranks.lockstep:
-            raise RuntimeError(
-                f"{said}, and a sharded forward that was left half-way cannot be begun again. Pass "
-                "fraction=1.0: then a refresh takes the whole batch"
-            ) from reason
-        self._least_rows = None
-        warnings.warn(
-            f"{said}: every refresh takes the whole batch from now on. Pass fraction=1.0 to mean it",
-            SophiaWarning,
-        )
+    @staticmethod
+    def _factor(choice: Choice, measured: float | None, ranks: Ranks) -> float:
+        """From the weights that were read to those of the gradient in ``.grad``: the mean over the ranks, and
+        what was done to it since the backward.
+        """
+        whole = ranks.total(sum(weight for weight in choice.weights if weight is not None)) / ranks.size
+        factor = factor_of(measured, whole, grad_scaler(), micro_batches=choice.micro_batches)
+        return factor / ranks.size
+
+    def _may_cut(self, recorder: Recorder, ranks: Ranks, key: tuple[int | str, ...]) -> tuple[Hashable, bool]:
+        """The kind of the recorded input, and whether its rows are independent: asked of the model once a
+        kind, and answered alike on all ranks.
+        """
+        recordings = usable(recorder)
+        number = rows_to_take(recordings[0], self.fraction) if len(recordings) == 1 else None
+        kind: Hashable = None
+        if number is not None:
+            first = recordings[0]
+            kind = kind_of_inputs(first.args, first.kwargs, rows_in(first))
+        unknown = number is not None and kind not in self._independent
+        if not ranks.any_of(unknown)[0]:
+            return kind, number is not None and self._independent[kind]
+        reason = None
+        # With forwards in lockstep all ranks must run as many, whatever is known on this one.
+        if unknown or ranks.lockstep:
+            reason = self._dependence(recorder, recordings[0], number, ranks, key)
+        if ranks.any_of(reason is not None)[0]:
+            return kind, self._take_whole_batches(recorder.model, ranks, kind, reason)
+        self._independent[kind] = True
+        return kind, number is not None
+
+    def _dependence(
+        self,
+        recorder: Recorder,
+        recording: Recording,
+        number: int | None,
+        ranks: Ranks,
+        key: tuple[int | str, ...],
+    ) -> str | None:
+        batch = max(rows_in(recording), 1)
+        # The middle row among them: under a recurrence over rows the first one alone would show nothing.
+        order = torch.randperm(batch, generator=generator(torch.device("cpu"), *key, "proof")).tolist()
+        order = [batch // 2, *(row for row in order if row != batch // 2)]
+        rows = torch.tensor(sorted(order[: number or batch]))
+        part = rows_of(recording.args, rows, batch), rows_of(dict(recording.kwargs), rows, batch)
+
+        def outputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
+            # Both forwards from the same buffers: one that counts its calls is no dependence.
+            with recording.autocast.again(), same_buffers(recorder.model):
+                return recorder.find_outputs(recorder.model(*args, **kwargs))
+
+        def alone() -> Sequence[Tensor]:
+            try:
+                return outputs(*part)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if ranks.lockstep:  # the others wait inside this forward
+                    raise RuntimeError(
+                        f"{type(recorder.model).__name__} does not run on a part of the rows of its inputs "
+                        f"({type(error).__name__}: {error}), and a sharded forward that was left half-way "
+                        "cannot be begun again. Pass fraction=1.0: then a refresh takes the whole batch"
+                    ) from error
+                raise RowsCannotBeTaken(f"{type(error).__name__}: {error}") from error
+
+        try:
+            return difference(lambda: outputs(recording.args, recording.kwargs), alone, rows)
+        except RowsCannotBeTaken as reason:
+            return str(reason)
+
+    def _take_whole_batches(self, model: nn.Module, ranks: Ranks, kind: Hashable, reason: str | None) -> bool:
+        """Remember, and say once, that rows are not taken alone; returns False."""
+        known = any(not independent for independent in self._independent.values())
+        self._independent[kind] = False
+        if not known:
+            warnings.warn(
+                f"the rows of a batch of {type(model).__name__} are not independent"
+                f"{f' ({reason})' if reason else ', on another rank'}: refreshes take whole micro-batches, "
+                "not a part of its rows, which costs more. Pass fraction=1.0 to mean it, or a larger "
+                "update_every",
+                SophiaWarning,
+            )
+        return False
 
     @contextmanager
     def by_hand(
@@ -143,11 +230,11 @@ class Refresher:
         self.check_estimator(parameters)
         ranks = self.ranks(model, parameters)
         ranks.check_same(parameters)
-        agreement = _Agreement(ranks)
+        agreement = Agreement(ranks, RowsCannotBeTaken)
         dropout = seed_for(seed, step, ranks.number, "dropout")
         # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
         with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), agreement:
-            yield self.estimator.by_hand(self._context(parameters, [], [], (seed, step), agreement))
+            yield self.estimator.by_hand(self._context(parameters, [], [], [], 1.0, (seed, step), agreement))
 
     def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
         """The ranks that train these parameters."""
@@ -168,8 +255,10 @@ class Refresher:
         parameters: list[Tensor],
         batches: Sequence[Replay],
         counts: Sequence[float],
+        totals: Sequence[float],
+        factor: float,
         key: tuple[int, ...],
-        agreement: _Agreement,
+        agreement: Agreement,
     ) -> PassContext:
         device, ranks = parameters[0].device, agreement.ranks
 
@@ -185,61 +274,58 @@ class Refresher:
             return generator(device, *key, purpose)
 
         count = float(sum(counts))
-        return PassContext(parameters, batches, count, shared, ranks.number, summed, counted, counts)
+        return PassContext(
+            parameters,
+            batches,
+            count,
+            shared,
+            ranks.number,
+            summed,
+            counted,
+            counts,
+            totals,
+            factor,
+        )
 
-    def objection(self, estimate: Estimate, device: torch.device, ranks: Ranks) -> str | None:
-        """Why an estimate must not enter h, or None; the same on all ranks. One synchronisation with the
-        device a refresh.
+    def examined(
+        self, estimate: Estimate, device: torch.device, ranks: Ranks
+    ) -> tuple[str | None, str | None]:
+        """Why an estimate must not enter h, and what is to be said of one that does; None for nothing.
+
+        Both are the same on all ranks, and cost one synchronisation with the device. No estimate is refused
+        for its value: one that is zero may be zero by right (labels of which the model is sure), and without
+        these zeros the average would be too large.
         """
         if estimate.count == 0:
-            return "no prediction was counted (every label masked?)"
+            return "no prediction was counted (every label masked?)", None
+        reached = [local(d) for d in estimate.diagonal if d is not None]
         # Lowest and highest hand NaN on, and cost a thirtieth of an infinity norm on a CPU.
         ends = [
             end.to(device, torch.float32).abs()
-            for d in estimate.diagonal
-            if d is not None and local(d).numel()
-            for end in torch.aminmax(local(d))
+            for part in reached
+            if part.numel()
+            for end in torch.aminmax(part)
         ]
         top = torch.stack(ends).amax() if ends else torch.zeros(())
         finite, zero = (bool(flag) for flag in torch.stack([top.isfinite(), top == 0]).tolist())
-        infinite, anything = ranks.any_of(not finite, not zero)
+        infinite, arrived, drawn, anything = ranks.any_of(not finite, bool(reached), estimate.drawn, not zero)
         if infinite:
-            return "it is not finite (an overflow, or NaN in the weights)"
-        if not anything:
-            return "it is zero everywhere (logits detached from the parameters?)"
-        return None
+            return "it is not finite (an overflow, or NaN in the weights)", None
+        if not arrived:
+            return "no gradient of the sampled loss reached a parameter (are the logits detached?)", None
+        # Gradients of a few predictions may cancel by chance; again and again they do not.
+        self._nothing = self._nothing + 1 if drawn and not anything else 0
+        if self._nothing < _OFTEN:
+            return None, None
+        return None, (
+            f"in {_OFTEN} passes the sampled loss had a gradient in the outputs, but none in any parameter: "
+            "the outputs do not depend on them (a factor of zero?). h averages zeros, and they move by sign "
+            "momentum"
+        )
 
 
-class _Agreement:
-    """Agreement of the ranks, once in a pass, on whether it worked: before the first sum, or when something
-    failed, or at the end if there was neither.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._reached = ranks, False
-
-    def reach(self, error: Exception | None = None) -> None:
-        """Agree, once. With an error, nothing comes after it: it is raised, on all ranks where that is
-        possible.
-        """
-        if error is not None and (self._reached or self.ranks.lockstep):
-            raise error  # the others are not here: they wait inside a forward, and end when this process does
-        if not self._reached:
-            self._reached = True
-            self.ranks.agree(error, mild=RowsCannotBeTaken)
-
-    def __enter__(self) -> _Agreement:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.reach()
-        elif isinstance(error, Exception) and not self._reached:
-            self.reach(error)
-
-
-def check_recorded(recorder: Recorder, step: int) -> None:
-    """Raise RuntimeError if no training forward was recorded since the last step."""
+def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
+    """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
     if not recorder.recordings:
         raise RuntimeError(
             f"a Hessian refresh is due at step {step}, but the attached module "
@@ -248,6 +334,7 @@ def check_recorded(recorder: Recorder, step: int) -> None:
             "LightningModule or wrapper), call "
             "model.train(), or use mode='manual'"
         )
+    check_ownership(parameters, recorder.model)
 
 
 def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:

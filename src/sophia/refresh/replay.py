@@ -1,14 +1,15 @@
 """Replay of recorded forwards: which of them, which rows, and what counts.
 
-Whole micro-batches are taken first, as that costs no recompilation; with a single one, a part of its rows.
-The predictions that count are known before the pass, so their number B is too.
+Whole micro-batches are taken where there are several, as that costs no proof; of a single one, a part of its
+rows, where they are independent (``independence.py``). The predictions that count are known before the
+pass, so their number B is too.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from torch import Tensor
 from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
 from sophia.refresh.eager import eager
+from sophia.refresh.independence import rows_of
 from sophia.refresh.model_outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
 from sophia.refresh.recorder import Outputs, Recorder, Recording
 from sophia.refresh.seeds import generator
 
-__all__ = ["Replay", "RowsCannotBeTaken", "choose"]
+__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "choose", "rows_in", "rows_to_take", "usable"]
 
 
 class RowsCannotBeTaken(Exception):
@@ -31,7 +33,7 @@ class RowsCannotBeTaken(Exception):
 
 @dataclass(frozen=True)
 class Replay:
-    """A recorded forward, or the first rows of it, as an estimator sees it (``curvature.MicroBatch``)."""
+    """A recorded forward, or some rows of it, as an estimator sees it (``curvature.MicroBatch``)."""
 
     recorder: Recorder
     recording: Recording
@@ -41,6 +43,12 @@ class Replay:
     counts: tuple[int, ...]
     key: tuple[int | str, ...]
     rows: int | None
+    weights: tuple[Tensor | None, ...]
+    """What each prediction of a head weighs in the loss, of the shape of its mask; None where it is 1 / B."""
+    share: float
+    """What this part stands for: what counts in the step over what counts here, in micro-batches or in rows.
+    An estimate from the part, times it, is unbiased for the whole.
+    """
 
     @property
     def mask(self) -> Tensor:
@@ -105,17 +113,73 @@ class Replay:
         return generator(self.mask.device, *self.key, purpose)
 
 
-def choose(
-    recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], least_rows: int | None
-) -> list[Replay]:
-    """The part of the recordings that a refresh runs again.
+@dataclass(frozen=True)
+class Choice:
+    """The part of a step's forwards that a refresh runs again."""
+
+    replays: list[Replay]
+    totals: tuple[int, ...]
+    """Predictions that count in the whole step of this process, head by head."""
+    weights: tuple[float | None, ...]
+    """The sum of their weights in the loss, head by head; None where they were not read."""
+    micro_batches: int = 1
+    """Forwards of the whole step."""
+
+
+def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], cut: bool) -> Choice:
+    """Draw the part of the recordings that a refresh runs again.
+
+    Drawn by the noise of ``key``, among those in which something counts: the first ones are no sample where
+    data come in an order (real before generated, positive before negative, chosen before rejected).
 
     Args:
         recorder: holds the recordings since the last step.
         fraction: of the micro-batches, rounded up; of the rows if there is one micro-batch only.
-        key: (seed, step, rank), from which the noise of each micro-batch is made.
-        least_rows: fewest rows to take of a single micro-batch; None for all of them.
+        key: (seed, step, rank), from which the choice and the noise of each micro-batch are made.
+        cut: whether a single micro-batch may be cut: its rows are independent.
     """
+    recordings = usable(recorder)
+    masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
+    read = _are_read(recordings)
+    totals = tuple(sum(int(mask.sum()) for mask in of_head) for of_head in zip(*masks, strict=True))
+    if len(recordings) > 1:
+        # Less 1e-9: 1/3 of three is one, not two.
+        number = max(1, math.ceil(fraction * len(recordings) - 1e-9))
+        counting = [any(bool(mask.any()) for mask in of_one) for of_one in masks]
+        chosen, share = _drawn(counting, number, (*key, "micro-batches"))
+        taken = [_replay(recorder, recordings[i], masks[i], None, read, share, (*key, i)) for i in chosen]
+        return Choice(taken, totals, _sums(recordings, read), len(recordings))
+    (recording,), (of_rows,) = recordings, masks
+    batch, rows, share = rows_in(recording), None, 1.0
+    if cut and (taken_rows := rows_to_take(recording, fraction)) is not None:
+        flags = torch.stack([mask.reshape(batch, -1).any(1) for mask in of_rows]).any(0)
+        chosen, share = _drawn(flags.tolist(), taken_rows, (*key, 0, "rows"))
+        rows = torch.tensor(chosen)
+    taken = [_replay(recorder, recording, of_rows, rows, read, share, (*key, 0))]
+    return Choice(taken, totals, _sums(recordings, read))
+
+
+def _are_read(recordings: Sequence[Recording]) -> tuple[bool, ...]:
+    """Head by head, whether the weights of all predictions that count were read."""
+    heads = zip(*(r.outputs for r in recordings), strict=True)
+    return tuple(
+        all(part.weights is not None and not part.unread for part in of_head if part.mask is not None)
+        and any(part.weights is not None for part in of_head)
+        for of_head in heads
+    )
+
+
+def _sums(recordings: Sequence[Recording], read: tuple[bool, ...]) -> tuple[float | None, ...]:
+    """The sum of all weights of the step, head by head; None where they were not read."""
+    heads = zip(*(r.outputs for r in recordings), strict=True)
+    return tuple(
+        sum(float(part.weights.sum()) for part in of_head if part.weights is not None) if known else None
+        for of_head, known in zip(heads, read, strict=True)
+    )
+
+
+def usable(recorder: Recorder) -> list[Recording]:
+    """The recordings that entered the loss. Raises RuntimeError if one of them cannot be repeated."""
     recordings = recorder.recordings
     # Where a backward came through some, the others never entered the loss (a validation without eval()).
     if any(recording.reached for recording in recordings):
@@ -126,34 +190,62 @@ def choose(
             "repeated on what it saw; "
             "pass copy_inputs=True"
         )
-    # Less 1e-9: 1/3 of three is one, not two.
-    single = len(recordings) == 1
-    recordings = recordings[: max(1, math.ceil(fraction * len(recordings) - 1e-9))]
-    rows: int | None = None
-    if fraction < 1 and single and least_rows is not None:
-        batch = _batch(recordings[0])
-        rows = max(least_rows, int(fraction * batch)) if batch > least_rows else None
-    return [_replay(recorder, recording, rows, (*key, micro)) for micro, recording in enumerate(recordings)]
+    return recordings
 
 
-def _batch(recording: Recording) -> int:
+def rows_to_take(recording: Recording, fraction: float) -> int | None:
+    """How many rows of a single micro-batch are that share of it, at least one; None where it is not cut."""
+    batch = rows_in(recording)
+    number = max(1, int(fraction * batch))
+    return number if fraction < 1 and number < batch else None
+
+
+def rows_in(recording: Recording) -> int:
     """The number of rows, 0 if the heads do not agree on one: then they cannot be cut alike."""
     sizes = {part.shape[0] if part.prediction_shape else 0 for part in recording.outputs}
     return sizes.pop() if len(sizes) == 1 else 0
 
 
-def _replay(recorder: Recorder, recording: Recording, rows: int | None, key: tuple[int | str, ...]) -> Replay:
-    masks = tuple(_mask(recorder, recording, part) for part in recording.outputs)
-    args, kwargs = recording.args, recording.kwargs
+def _drawn(counting: list[bool], number: int, key: tuple[int | str, ...]) -> tuple[list[int], float]:
+    """``number`` places, those that count first, and what each stands for.
+
+    The number does not depend on what counts: every rank runs as many forwards, of the same shape.
+    """
+    order = torch.randperm(len(counting), generator=generator(torch.device("cpu"), *key)).tolist()
+    counted = [place for place in order if counting[place]]
+    chosen = [*counted, *(place for place in order if not counting[place])][:number]
+    share = len(counted) / min(number, len(counted)) if counted else 1.0
+    return sorted(chosen), share
+
+
+def _replay(
+    recorder: Recorder,
+    recording: Recording,
+    masks: tuple[Tensor, ...],
+    rows: Tensor | None,
+    read: tuple[bool, ...],
+    share: float,
+    key: tuple[int | str, ...],
+) -> Replay:
+    args, kwargs = recording.args, dict(recording.kwargs)
+    parts = zip(recording.outputs, masks, read, strict=True)
+    weights = tuple(
+        (torch.zeros_like(mask, dtype=torch.float32) if part.weights is None else part.weights)
+        if known
+        else None
+        for part, mask, known in parts
+    )
     if rows is not None:
-        batch = _batch(recording)
-        args, kwargs = _first(args, rows, batch), _first(dict(kwargs), rows, batch)
-        masks = tuple(mask[:rows] for mask in masks)
+        batch = rows_in(recording)
+        args, kwargs = rows_of(args, rows, batch), rows_of(kwargs, rows, batch)
+        masks = tuple(mask[rows.to(mask.device)] for mask in masks)
+        weights = tuple(None if w is None else w[rows.to(w.device)] for w in weights)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
-    args, kwargs = _detached(args), _detached(dict(kwargs))
+    args, kwargs = _detached(args), _detached(kwargs)
     counts = tuple(int(mask.sum()) for mask in masks)
-    return Replay(recorder, recording, args, kwargs, masks, counts, key, rows)
+    taken = None if rows is None else len(rows)
+    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, weights, share)
 
 
 def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
@@ -199,13 +291,6 @@ def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -
         by_loss = shift_by_loss(args, kwargs, logits.detach(), find_loss(output))
         recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
     return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
-
-
-def _first(value: Any, rows: int, batch: int) -> Any:
-    """The first rows of every tensor that has as many as the batch; views, not copies."""
-    if isinstance(value, Tensor):
-        return value[:rows] if value.ndim and value.shape[0] == batch else value
-    return _mapped(value, lambda item: _first(item, rows, batch))
 
 
 def _detached(value: Any) -> Any:

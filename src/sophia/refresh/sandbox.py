@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_sandbox", "sandbox"]
+__all__ = ["in_sandbox", "same_buffers", "sandbox"]
 
 _depth = 0
 
@@ -67,6 +67,17 @@ def sandbox(
             if gradient is not None and content is not None:
                 with torch.no_grad():
                     gradient.copy_(content)
+        for module, name, tensor, copy in buffers:
+            _restore(module, name, tensor, copy)
+
+
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """The buffers of a model are as before, afterwards."""
+    buffers = _buffers(model)
+    try:
+        yield
+    finally:
         for module, name, tensor, copy in buffers:
             _restore(module, name, tensor, copy)
 

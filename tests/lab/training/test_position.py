@@ -82,25 +82,6 @@ def test_what_older_checkpoints_lack_or_have_more_changes_nothing(tiny, ids, tmp
     assert "trunk" not in result
 
 
-def test_a_state_of_signum_with_its_one_beta_goes_on(tiny, ids, tmp_path):
-    """Else a run of Signum under an older release would end in an error of ours."""
-    config = tiny("signum")
-    whole = train(config, tmp_path / "whole", ids)
-    request = Request()
-
-    def report(progress):
-        request.signal = 15 if progress.step >= 10 else None
-
-    with pytest.raises(Stopped):
-        train(config, tmp_path, ids, stop=request, report=report)
-    record = Record(tmp_path, config)
-    state = checkpoint.load(record.folder)
-    for group in state["optimizer"]["param_groups"]:
-        group["beta"] = group.pop("betas")[0]
-    checkpoint.save(record.folder, state)
-    assert train(config, tmp_path, ids)["loss"] == whole["loss"]
-
-
 def test_a_position_comes_back_from_its_state():
     """Else a sum that is forgotten would show in the first row after a resume."""
     position = Position()

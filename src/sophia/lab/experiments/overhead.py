@@ -88,11 +88,12 @@ def _operations(contender: str, shape: Model, batch: int) -> tuple[float, float]
     trainer = _Trainer.of(contender, shape, batch)
     trainer.model.set_attn_implementation("eager")  # type: ignore[operator]
     counts = []
-    for _ in range(2):  # the first step refreshes, the second does not
+    # The steps 0 and K refresh. The first of them also finds out, once, whether rows may be taken alone.
+    for _ in range(K + 1):
         with FlopCounterMode(display=False) as counter:
             trainer.step()
         counts.append(float(counter.get_total_flops()))
-    return counts[1], counts[0] - counts[1]
+    return counts[1], counts[K] - counts[1]
 
 
 def run(quick: bool, records: Records, progress: Progress) -> None:

@@ -33,12 +33,6 @@ class Signum(Lion):
     ) -> None:
         super().__init__(params, lr, (beta, beta), weight_decay)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            if "beta" in group:  # the state of an older release, which kept the one number
-                group["betas"] = (group["beta"], group.pop("beta"))
-
 
 def build(model: nn.Module, s: Settings, seed: int) -> Optimizer:
     """Sign momentum."""

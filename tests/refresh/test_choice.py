@@ -1,0 +1,266 @@
+"""Which part of a batch a refresh runs: a sample, whatever the order of the data; and only rows that are
+independent, which is found out by running them.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sophia import Sophia, SophiaWarning
+from sophia.refresh.independence import Still
+
+MANUAL = {"lr": 0.0, "weight_decay": 0.0, "update_every": 1}
+
+
+def mean_of_h(model, loss_of, parameter, *, steps, **settings):
+    """The mean of single estimates of one parameter's h over so many refreshes."""
+    opt = Sophia(model, betas=(0.9, 0.0), **MANUAL, **settings)
+    total = torch.zeros_like(parameter)
+    for _ in range(steps):
+        opt.zero_grad()
+        loss_of(model).backward()
+        opt.step()
+        total += opt.state[parameter]["hessian"]
+    return total / steps
+
+
+def exact_bias_curvature(logits):
+    """Of a bias that is added to the logits of a mean cross-entropy: the mean of p (1 - p)."""
+    p = torch.softmax(logits, -1)
+    return (p * (1 - p)).mean(0)
+
+
+def of_two_kinds(ordered):
+    """Rows of one kind, then rows of another; in this order or shuffled."""
+    x = torch.zeros(32, 2)
+    x[:16, 0] = x[16:, 1] = 1
+    return x if ordered else x[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+
+
+def test_rows_in_an_order_are_sampled():
+    """The first rows alone: every negative of an ordered batch has no curvature at all."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    y = torch.tensor([0] * 16 + [1] * 16)
+    found = {}
+    for ordered in (True, False):
+        x = of_two_kinds(ordered)
+        found[ordered] = mean_of_h(
+            net, lambda m, x=x: F.cross_entropy(m(x), y), net[0].weight, steps=400
+        ).sum(0)
+    torch.testing.assert_close(found[True], found[False], rtol=0.25, atol=0.0)
+    assert float(found[True].min()) > 0
+
+
+def test_the_two_forwards_of_a_gan_step_both_come_in():
+    """Real, then generated, one step: generated ones that are never replayed."""
+    net = nn.Linear(3, 2)
+    real, generated = torch.tensor([[1.0, 0, 0]] * 8), torch.tensor([[0, 1.0, 0]] * 8)
+
+    def loss(model):
+        return F.cross_entropy(model(real), torch.ones(8).long()) + F.cross_entropy(
+            model(generated), torch.zeros(8).long()
+        )
+
+    columns = mean_of_h(net, loss, net.weight, steps=200).sum(0)
+    assert float(columns[0]) == pytest.approx(float(columns[1]), rel=0.5)
+    assert float(columns[2]) == 0
+
+
+@pytest.mark.parametrize("where", ["first", "random"])
+def test_rows_without_a_label_cost_no_refresh(where):
+    """A first row that is all prompt: never a refresh, with a warning about every label."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    opt = Sophia(model, **MANUAL)
+    for step in range(15):
+        y = torch.randint(0, 3, (8,))
+        y[0 if where == "first" else step % 8] = -100
+        opt.zero_grad()
+        F.cross_entropy(model(torch.randn(8, 4)), y).backward()
+        opt.step()
+        assert opt.stats()["B"] == 1  # an eighth of eight rows, and one that counts
+    assert (opt.stats()["refreshes"], opt.stats()["skipped"]) == (15, 0)
+
+
+def test_a_micro_batch_without_labels_is_not_the_one_that_is_taken():
+    """One empty micro-batch of an accumulation in the place of one that says something."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    opt = Sophia(model, **MANUAL)
+    for _ in range(8):
+        opt.zero_grad()
+        for empty in (True, False, False, True):
+            y = torch.randint(0, 3, (8,))
+            loss = F.cross_entropy(model(torch.randn(8, 4)), y, reduction="sum") / 16
+            (loss * (0 if empty else 1)).backward()
+        opt.step()
+        assert opt.stats()["B"] == 8
+    assert opt.stats()["skipped"] == 0
+
+
+def test_the_part_stands_for_the_whole():
+    """Rows of unequal curvature, a quarter of them: biased towards what is drawn more often, or off by the
+    share.
+    """
+    net = nn.Linear(1, 3, bias=True)
+    nn.init.zeros_(net.weight)
+    with torch.no_grad():
+        net.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
+        net.weight.copy_(torch.tensor([[3.0], [0.0], [0.0]]))
+    x = torch.tensor([[0.0]] * 8 + [[1.0]] * 8)
+    got = mean_of_h(
+        net, lambda m: F.cross_entropy(m(x), torch.zeros(16).long()), net.bias, steps=3000, fraction=0.25
+    )
+    torch.testing.assert_close(got, exact_bias_curvature(net(x).detach()), rtol=0.12, atol=0.0)
+
+
+@pytest.mark.parametrize(("classes", "batch"), [(2, 8), (4, 1)])
+def test_a_zero_that_is_right_is_averaged(classes, batch):
+    """Passes whose labels all agree are zero by right; without them h is truth / P(not zero): 12.7 here."""
+    net = nn.Linear(1, classes)
+    nn.init.zeros_(net.weight)
+    with torch.no_grad():
+        net.bias.zero_()
+        net.bias[0] = 4.6
+    x, y = torch.ones(batch, 1), torch.zeros(batch, dtype=torch.long)
+    got = mean_of_h(net, lambda m: F.cross_entropy(m(x), y), net.bias, steps=4000)
+    exact = exact_bias_curvature(net(x).detach())
+    torch.testing.assert_close(got[0], exact[0], rtol=0.25, atol=0.0)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.out = nn.GRU(3, 4), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+class Contrast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.a(x) @ self.b(x).T
+
+
+class Masked(nn.Module):
+    """A mask over positions that has as many rows as the batch, by chance."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.out = nn.Linear(3, 4), nn.Linear(4, 5)
+
+    def forward(self, x, mask):
+        scores = self.up(x) @ self.up(x).transpose(1, 2)
+        return self.out(torch.softmax(scores + mask, -1) @ self.up(x))
+
+
+class Normed(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 5))
+
+
+CAUSAL = torch.full((8, 8), -torch.inf).triu(1)
+DEPENDENT = {
+    "time first": (TimeFirst, (torch.randn(8, 6, 3),)),
+    "contrast over the batch": (Contrast, (torch.randn(8, 3),)),
+    "a mask as long as the batch": (Masked, (torch.randn(8, 8, 3), CAUSAL)),
+    "BatchNorm": (Normed, (torch.randn(16, 3),)),
+}
+
+
+@pytest.mark.parametrize("case", DEPENDENT)
+def test_rows_that_are_not_independent_are_not_cut(case):
+    """The curvature of another model: 30 times the truth under BatchNorm, zero in a recurrence."""
+    make, inputs = DEPENDENT[case]
+    model = make()
+    opt = Sophia(model, **MANUAL)
+    for step in range(3):
+        opt.zero_grad()
+        output = model(*inputs)
+        F.cross_entropy(output.flatten(0, -2), torch.zeros(output[..., 0].numel()).long()).backward()
+        if step:
+            opt.step()  # said once
+        else:
+            with pytest.warns(SophiaWarning, match=f"rows of a batch of {make.__name__} are not independent"):
+                opt.step()
+        assert opt.stats()["B"] == output[..., 0].numel()
+
+
+def test_random_layers_and_dropout_do_not_look_like_dependence():
+    """Two runs whose masks differ: every model with dropout would be run whole."""
+
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.drop, self.out = nn.Linear(3, 32), nn.Dropout(0.5), nn.Linear(32, 5)
+
+        def forward(self, x):
+            h = self.drop(F.dropout(self.up(x), 0.3))
+            h = h + torch.rand(()) * h if float(torch.rand(())) < 0.5 else h + torch.randn_like(h)
+            return self.out(h)
+
+    model = Random()
+    opt = Sophia(model, **MANUAL)
+    for _ in range(2):
+        opt.zero_grad()
+        F.cross_entropy(model(torch.randn(16, 3)), torch.zeros(16).long()).backward()
+        opt.step()
+        assert opt.stats()["B"] == 2
+
+
+def test_the_proof_is_made_once_a_kind_of_input():
+    """Two more forwards at every refresh; or one proof taken for inputs that it does not cover."""
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(3, 5)
+
+        def forward(self, x, other=None):
+            calls.append(x.shape[0])
+            return self.out(x)
+
+    model = Counted()
+    opt = Sophia(model, **MANUAL)
+
+    def forwards(*inputs):
+        calls.clear()
+        opt.zero_grad()
+        F.cross_entropy(model(*inputs), torch.zeros(16).long()).backward()
+        opt.step()
+        return list(calls)
+
+    x = torch.randn(16, 3)
+    assert forwards(x) == [16, 16, 2, 2]  # training; whole and part of the proof; the refresh
+    assert forwards(x) == [16, 2]
+    assert forwards(x, torch.ones(7)) == [16, 16, 2, 2]
+    assert forwards(x, torch.ones(9)) == [16, 2]
+    assert forwards(x, torch.ones(16)) == [16, 16, 2, 2]  # as long as the batch: it would be cut
+
+
+def test_what_is_random_stands_still():
+    """A generator that moved on, or noise that is left in."""
+    before = torch.get_rng_state()
+    x = torch.ones(2, 3)
+    with Still():
+        for function in (
+            lambda: F.dropout(x, 0.5),
+            lambda: torch.rand(4),
+            lambda: torch.randperm(4),
+            lambda: x.new_empty(3).bernoulli_(0.5),
+            lambda: F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.5),
+        ):
+            assert torch.equal(function(), function())
+    assert torch.equal(torch.get_rng_state(), before)
