@@ -22,8 +22,9 @@ def gauss_newton_diagonal(
     *,
     likelihood: Likelihood,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """``diag of (1/B) sum_b J_b^T S_b J_b`` over the B counted predictions, by name of the parameter.
+    """``diag of sum_b w_b J_b^T S_b J_b`` over the B counted predictions, by name of the parameter.
 
     Args:
         outputs_of: the model's outputs, e.g. logits ``(B, T, V)``, as a function of its parameters
@@ -31,6 +32,7 @@ def gauss_newton_diagonal(
         parameters: where to take it.
         likelihood: gives S_b, the exact curvature in the outputs.
         mask: bool, one entry a prediction; all count by default.
+        weights: what each prediction weighs in the loss, of the shape of the mask; 1 / B by default, a mean.
 
     >>> from sophia.likelihoods import Categorical
     >>> x = torch.tensor([1.0, 2.0])
@@ -50,8 +52,10 @@ def gauss_newton_diagonal(
     jacobians = torch.func.jacrev(counted)(point)
     n = outputs.shape[0]
     curvature = likelihood.output_curvature(outputs).reshape(n, *([outputs[0].numel()] * 2))
+    weighing = curvature.new_full((n,), 1 / n) if weights is None else weights[keep].to(curvature)
+    curvature = curvature * weighing.view(n, 1, 1)
     return {
-        name: torch.einsum("nip,nij,njp->p", j, curvature, j).div(n).reshape(point[name].shape)
+        name: torch.einsum("nip,nij,njp->p", j, curvature, j).reshape(point[name].shape)
         for name, j in ((name, j.reshape(n, outputs[0].numel(), -1)) for name, j in jacobians.items())
     }
 
