@@ -24,7 +24,8 @@ from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.refresh.ownership import Orphans, in_no_group, nothing_to_train
 from sophia.refresh.recorder import Recorder
-from sophia.refresh.refresher import Refresher, check_ownership, is_due, staleness
+from sophia.refresh.refresher import Refresher, is_due, staleness
+from sophia.refresh.refusals import check_ownership
 from sophia.refresh.seeds import seed_for
 from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
@@ -257,6 +258,7 @@ class Sophia(torch.optim.Optimizer):
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
+        self._reached: set[int] = set()  # parameters that a pass has come to, by id
         self._orphans = Orphans()
         self._joins = False  # whether the step has shards whose rms is that of whole tensors
 
@@ -481,15 +483,17 @@ class Sophia(torch.optim.Optimizer):
             self._warn_once("remark", remark)
         # By identity: a tensor's own == compares elements.
         diagonals = {id(p): d for p, d in zip(parameters, estimate.diagonal, strict=True)}
-        unreached = [p for p in parameters if diagonals[id(p)] is None and p.grad is not None]
+        # Not those that an earlier pass has reached: a layer is left out by chance, or an expert not asked.
+        self._reached.update(number for number, diagonal in diagonals.items() if diagonal is not None)
+        unreached = [p for p in parameters if id(p) not in self._reached and p.grad is not None]
         if unreached:
             self._warn_once(
                 "unreached",
                 f"{len(unreached)} of {len(parameters)} parameters have a training gradient but none in the "
                 f"Hessian pass (shapes {[tuple(p.shape) for p in unreached[:3]]}): the logits of the rows "
                 "that were run again do not depend on them. Either the loss reaches them by another way than "
-                "the logits (another output, a penalty), and they move by sign momentum; or this pass went "
-                "another way than the training (layer drop, early exit, experts), and others will reach them",
+                "the logits (another output, a penalty), and they move by sign momentum; or this pass left "
+                "them out by chance (layer drop, early exit, experts), and others will reach them",
             )
         for group in groups:
             beta2 = float(group["betas"][1])

@@ -3,7 +3,7 @@
 A refresh may run a part of the rows only where the outputs of these rows do not depend on the others. They
 do under BatchNorm, with time as the first dimension, in contrast over the batch, in graphs, for experts with
 a capacity, or where a mask has as many rows as the batch by chance. All of that shows in the outputs, with
-every random operation held still: two forwards without gradients, once for each kind of input.
+every random operation held still: two forwards, once for each kind of input.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def difference(
         part: runs it on the rows alone.
         rows: their numbers, ``(r,)``.
     """
-    with Still(), torch.no_grad(), eager():  # type: ignore[no-untyped-call]
+    # With gradients on, as in the training: models that differentiate, or register hooks, inside of their
+    # forward do not run without.
+    with Still(), torch.enable_grad(), eager():  # type: ignore[no-untyped-call]
         _seed_python_and_numpy()
         together = [t.detach()[rows.to(t.device)] if _has(t, rows) else t.detach() for t in whole()]
         _seed_python_and_numpy()

@@ -13,6 +13,7 @@ __all__ = [
     "find_logits",
     "find_loss",
     "find_named",
+    "items_of_part",
     "labels_mask",
     "mean_loss",
     "shift_by_loss",
@@ -59,8 +60,8 @@ def find_loss(output: Any) -> Tensor | None:
 def mean_loss(output: Any, kwargs: Mapping[str, Any], count: int) -> Tensor:
     """The loss in the output, as a mean over the ``count`` predictions of its micro-batch.
 
-    Hugging Face models divide by ``num_items_in_batch`` instead, the count of the whole accumulated batch,
-    when it is given.
+    Hugging Face models divide their cross-entropy by ``num_items_in_batch`` instead, the count of the whole
+    accumulated batch, when it is given; and add other losses (a router's) to it undivided.
     """
     loss = find_loss(output)
     if loss is None:
@@ -72,6 +73,21 @@ def mean_loss(output: Any, kwargs: Mapping[str, Any], count: int) -> Tensor:
         )
     items = kwargs.get("num_items_in_batch")
     return loss if items is None else loss * (items / max(count, 1))
+
+
+def items_of_part(kwargs: dict[str, Any], part: int, whole: int) -> dict[str, Any]:
+    """Arguments for some rows of a micro-batch, whose loss then is that of all of its rows but for chance.
+
+    ``num_items_in_batch`` divides the cross-entropy alone, so it must shrink with the rows: the loss as a
+    whole must not be scaled, as a router's loss in it is a mean over whatever it sees.
+
+    >>> items_of_part({"num_items_in_batch": 16}, 2, 8)
+    {'num_items_in_batch': 4.0}
+    """
+    items = kwargs.get("num_items_in_batch")
+    if items is None or not part or not whole:
+        return kwargs
+    return {**kwargs, "num_items_in_batch": items * part / whole}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ from sophia.distributed.wrappers import reducing
 from sophia.refresh.gradient_scale import factor_of, grad_scaler
 from sophia.refresh.independence import difference, kind_of_inputs, rows_of
 from sophia.refresh.recorder import Recorder, Recording
+from sophia.refresh.refusals import check_recorded
 from sophia.refresh.replay import (
     Choice,
     Replay,
@@ -233,7 +234,10 @@ class Refresher:
         agreement = Agreement(ranks, RowsCannotBeTaken)
         dropout = seed_for(seed, step, ranks.number, "dropout")
         # The user may go through a DDP wrapper here, whose buckets share memory with the gradients in .grad.
-        with sandbox(model, parameters, seed=dropout, copies=bool(ranks.data)), reducing(model), agreement:
+        copies = bool(ranks.data)
+        # His hooks run, as in any backward of his: some add up over ranks what no wrapper does.
+        protected = sandbox(model, parameters, seed=dropout, copies=copies, tensor_hooks=True)
+        with protected, reducing(model), agreement:
             yield self.estimator.by_hand(self._context(parameters, [], [], [], 1.0, (seed, step), agreement))
 
     def ranks(self, model: nn.Module | None, parameters: Sequence[Tensor]) -> Ranks:
@@ -321,30 +325,4 @@ class Refresher:
             f"in {_OFTEN} passes the sampled loss had a gradient in the outputs, but none in any parameter: "
             "the outputs do not depend on them (a factor of zero?). h averages zeros, and they move by sign "
             "momentum"
-        )
-
-
-def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
-    """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
-    if not recorder.recordings:
-        raise RuntimeError(
-            f"a Hessian refresh is due at step {step}, but the attached module "
-            f"{type(recorder.model).__name__} ran no forward in training mode "
-            "since the last step. Pass the module that is really called and returns logits (not a "
-            "LightningModule or wrapper), call "
-            "model.train(), or use mode='manual'"
-        )
-    check_ownership(parameters, recorder.model)
-
-
-def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:
-    """Raise RuntimeError unless all parameters of the optimizer are parameters of the attached model."""
-    owned = {id(parameter) for parameter in model.parameters()}
-    lost = sum(id(parameter) not in owned for parameter in parameters)
-    if lost:
-        raise RuntimeError(
-            f"{lost} of {len(parameters)} optimizer parameters are not, or no longer, parameters of "
-            f"{type(model).__name__}; a wrapper (DeepSpeed ZeRO, "
-            "FSDP1 flat parameters) or a second model may have replaced them. Build Sophia after wrapping, "
-            "attach(model) again, or use mode='manual'"
         )

@@ -20,7 +20,14 @@ from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
 from sophia.refresh.eager import eager
 from sophia.refresh.independence import rows_of
-from sophia.refresh.model_outputs import find_loss, labels_mask, mean_loss, shift_by_loss, shift_by_name
+from sophia.refresh.model_outputs import (
+    find_loss,
+    items_of_part,
+    labels_mask,
+    mean_loss,
+    shift_by_loss,
+    shift_by_name,
+)
 from sophia.refresh.recorder import Outputs, Recorder, Recording
 from sophia.refresh.seeds import generator
 
@@ -49,6 +56,8 @@ class Replay:
     """What this part stands for: what counts in the step over what counts here, in micro-batches or in rows.
     An estimate from the part, times it, is unbiased for the whole.
     """
+    whole: int
+    """How many predictions count in all rows of this micro-batch, over all heads."""
 
     @property
     def mask(self) -> Tensor:
@@ -106,7 +115,8 @@ class Replay:
 
     def loss(self, output: Any) -> Tensor:
         """The mean training loss over the counted predictions, from the output."""
-        return mean_loss(output, self.kwargs, self.count)
+        # The loss of a part stands for that of the whole micro-batch: items_of_part.
+        return mean_loss(output, self.recording.kwargs, self.whole)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Noise of this micro-batch alone."""
@@ -235,6 +245,7 @@ def _replay(
         else None
         for part, mask, known in parts
     )
+    whole = sum(int(mask.sum()) for mask in masks)
     if rows is not None:
         batch = rows_in(recording)
         args, kwargs = rows_of(args, rows, batch), rows_of(kwargs, rows, batch)
@@ -244,8 +255,9 @@ def _replay(
     # ours to enter.
     args, kwargs = _detached(args), _detached(kwargs)
     counts = tuple(int(mask.sum()) for mask in masks)
+    kwargs = items_of_part(kwargs, sum(counts), whole) if rows is not None else kwargs
     taken = None if rows is None else len(rows)
-    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, weights, share)
+    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, weights, share, whole)
 
 
 def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:

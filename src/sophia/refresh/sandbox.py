@@ -28,12 +28,24 @@ def in_sandbox() -> bool:
 
 @contextmanager
 def sandbox(
-    model: nn.Module | None, parameters: Sequence[Tensor], *, seed: int, copies: bool = False
+    model: nn.Module | None,
+    parameters: Sequence[Tensor],
+    *,
+    seed: int,
+    copies: bool = False,
+    tensor_hooks: bool = False,
 ) -> Iterator[None]:
     """Protect the training state; inside, torch's generators are seeded with ``seed``.
 
-    ``copies``: somebody may write into the memory of the training gradients during the pass (the buckets of
-    ``DistributedDataParallel``), so that setting them aside is not enough.
+    Args:
+        model: whose buffers and parameters are protected, those of another optimizer too.
+        parameters: more of them.
+        seed: of the noise inside.
+        copies: somebody may write into the memory of the training gradients during the pass (the buckets of
+            ``DistributedDataParallel``), so that setting them aside is not enough.
+        tensor_hooks: whether hooks on the parameters (``p.register_hook``) run inside. They belong to the
+            training gradient: a recorder would be shown sampled ones, and what a hook makes of a gradient is
+            not the curvature of the loss.
     """
     # All of the model's: the pass goes through those of another optimizer too, and would add to their .grad.
     everyone = {id(p): p for p in (*parameters, *(() if model is None else model.parameters()))}
@@ -50,6 +62,9 @@ def sandbox(
     buffers = [] if model is None else _buffers(model)
     cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     global _depth
+    hooks = [] if tensor_hooks else [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for parameter, _ in hooks:
+        parameter._backward_hooks = None
     for parameter in parameters:
         parameter.grad = None
     _depth += 1
@@ -62,6 +77,8 @@ def sandbox(
             yield
     finally:
         _depth -= 1
+        for parameter, listening in hooks:
+            parameter._backward_hooks = listening
         for parameter, gradient, content in zip(parameters, saved, contents, strict=True):
             parameter.grad = gradient
             if gradient is not None and content is not None:

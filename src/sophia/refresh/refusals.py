@@ -1,0 +1,53 @@
+"""What is refused before a refresh begins: recordings, parameters and wrappers that it cannot use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sophia.refresh.recorder import Recorder
+
+__all__ = ["check_ownership", "check_recorded"]
+
+_OF_ROWS = ("grad_sample", "_norm_sample")  # a gradient, or its norm, for every example
+
+
+def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
+    """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
+    if not recorder.recordings:
+        raise RuntimeError(
+            f"a Hessian refresh is due at step {step}, but the attached module "
+            f"{type(recorder.model).__name__} ran no forward in training mode "
+            "since the last step. Pass the module that is really called and returns logits (not a "
+            "LightningModule or wrapper), call "
+            "model.train(), or use mode='manual'"
+        )
+    check_ownership(parameters, recorder.model)
+    check_no_gradients_of_rows(recorder.model)
+
+
+def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:
+    """Raise RuntimeError unless all parameters of the optimizer are parameters of the attached model."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    lost = sum(id(parameter) not in owned for parameter in parameters)
+    if lost:
+        raise RuntimeError(
+            f"{lost} of {len(parameters)} optimizer parameters are not, or no longer, parameters of "
+            f"{type(model).__name__}; a wrapper (DeepSpeed ZeRO, "
+            "FSDP1 flat parameters) or a second model may have replaced them. Build Sophia after wrapping, "
+            "attach(model) again, or use mode='manual'"
+        )
+
+
+def check_no_gradients_of_rows(model: nn.Module) -> None:
+    """Raise RuntimeError if something keeps a gradient for every example on the parameters."""
+    marked = sum(any(hasattr(p, name) for name in _OF_ROWS) for p in model.parameters())
+    if marked:
+        raise RuntimeError(
+            f"{marked} parameters of {type(model).__name__} carry per-example gradients (grad_sample), as "
+            "wrappers for private training leave them. A refresh would make h from raw rows, neither clipped "
+            "nor noised and unknown to the privacy accountant, and would put gradients for sampled labels in "
+            "the place of grad_sample. Use mode='manual', and renew h by opt.hessian_pass() on public data, "
+            "with the model without its wrapper"
+        )
