@@ -105,6 +105,11 @@ class ForcedLabels(Categorical):
         return self.labels[self.used - len(probabilities) : self.used]
 
 
+def weights_in_means(mask, sizes):
+    """What each prediction weighs in the sum of the mean losses of micro-batches of ``sizes`` rows."""
+    return torch.cat([part / part.sum() for part in mask.double().split(sizes)])
+
+
 def oracle(model, x, mask, logits_of=lambda model, x: model(x)[0], likelihood=None, weights=None):
     """``B * (gradient of the mean cross-entropy on the chosen labels)^2`` of the whole batch at once, or of
     the difference between two labels, divided by sqrt(2); (by parameter, B).

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SophiaWarning", "check_fraction", "check_gradient", "check_number", "check_option"]
+__all__ = [
+    "SophiaWarning",
+    "check_batch_dim",
+    "check_fraction",
+    "check_gradient",
+    "check_number",
+    "check_option",
+]
 
 
 class SophiaWarning(RuntimeWarning):
@@ -45,6 +52,15 @@ def check_fraction(value: Any) -> None:
     check_number("fraction", value, above=0.0)
     if value > 1:
         raise ValueError(f"fraction={value!r}: the share of the batch used for a refresh is at most 1")
+
+
+def check_batch_dim(value: Any) -> None:
+    """Raise ValueError unless ``value`` is the number of a dimension, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(
+            f"batch_dim={value!r}: the dimension of the outputs along which the rows lie is a number from 0, "
+            "1 for outputs (T, B, V); None finds it"
+        )
 
 
 def check_gradient(gradient: Tensor) -> None:

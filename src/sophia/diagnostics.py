@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["advice", "describe"]
 
 _SAMPLE = 2**18  # entries that the quantiles are taken over
+_FAR = 30.0  # times larger or smaller, for a gradient that was clipped
 _PART = 2**13  # the same for each rank, where the ranks put theirs together
 
 
@@ -86,6 +87,13 @@ def advice(stats: Mapping[str, float]) -> str:
         return "h was never refreshed: this is sign momentum, not Sophia"
     if stats["skipped"] > stats["refreshes"]:
         return "most Hessian passes were skipped: look for overflow (fp16?) or fully masked batches"
+    scale = stats.get("gradient_scale", 1.0) or 1.0
+    if not 1 / _FAR < scale < _FAR:
+        return (
+            f"gradient_scale {scale:.2g}: the gradients in .grad are {scale:.2g} times those of the loss, so "
+            f"gamma acts as {1 / scale:.2g} times itself. Look at what clips or scales them before you touch "
+            "gamma"
+        )
     if stats.get("own_rule", 0.0) > 0.5:
         return ""  # the floor of the damped rule and the polar factor decide most steps there, by design
     zero = stats.get("h_zero", 0.0)

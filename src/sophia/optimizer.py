@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
-from sophia.checks import SophiaWarning, check_fraction, check_gradient, check_option
+from sophia.checks import SophiaWarning, check_batch_dim, check_fraction, check_gradient, check_option
 from sophia.curvature import Estimator, GaussNewtonBartlett, agreed_likelihood, estimator_named
 from sophia.curvature.estimate import Estimate, PassByHand
 from sophia.diagnostics import describe
 from sophia.distributed.shards import first_element, local
 from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
+from sophia.refresh.gradient_scale import FAR, words
 from sophia.refresh.ownership import Orphans, in_no_group, nothing_to_train
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refresher import Refresher, is_due, staleness
@@ -73,6 +74,8 @@ class Sophia(torch.optim.Optimizer):
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
             at least one. The paper takes a half; an eighth trained no worse, at a quarter of the cost
             (``sophia experiment fraction``).
+        batch_dim: dimension of the outputs along which the rows lie. None: the first or, with time first, the
+            second. Rows are run alone only if a run shows that they are independent.
         estimator: ``"gnb"``, ``"hutchinson"``, ``"empirical_fisher"`` or a ``sophia.curvature.Estimator``.
         likelihood: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"poisson"``, a
             ``sophia.likelihoods.Likelihood``, or ``sophia.likelihoods.Heads`` for several outputs.
@@ -123,6 +126,7 @@ class Sophia(torch.optim.Optimizer):
         damping: float = 0.5,
         update_every: int = 10,
         fraction: float = 1 / 8,
+        batch_dim: int | None = None,
         estimator: str | Estimator = "gnb",
         likelihood: str | Likelihood | Heads = "categorical",
         mode: str = "replay",
@@ -150,6 +154,7 @@ class Sophia(torch.optim.Optimizer):
         # Not float16: an h of 1e-8 would be zero in it.
         check_option("state_dtype", state_dtype, (torch.float32, torch.float64, torch.bfloat16))
         check_fraction(fraction)
+        check_batch_dim(batch_dim)
         if isinstance(model_or_params, nn.Module):
             if model is not None and model is not model_or_params:
                 raise ValueError(
@@ -172,7 +177,7 @@ class Sophia(torch.optim.Optimizer):
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
             params = groups_by_kind(params, model, by)
-        self.mode, self.fraction = mode, fraction
+        self.mode, self.fraction, self.batch_dim = mode, fraction, batch_dim
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
         self.estimator = estimator_named(estimator, self.likelihood)
@@ -254,7 +259,9 @@ class Sophia(torch.optim.Optimizer):
 
     def _ready(self) -> None:
         """Set what is neither a setting nor state: it is made anew in a copy."""
-        self._refresher = Refresher(self.estimator, fraction=self.fraction, group=self.process_group)
+        self._refresher = Refresher(
+            self.estimator, fraction=self.fraction, batch_dim=self.batch_dim, group=self.process_group
+        )
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
         self._warned: set[str] = set()
@@ -424,6 +431,9 @@ class Sophia(torch.optim.Optimizer):
             estimate = self._refresher.replay(
                 self._recorder, self._trained(), seed=first["seed"], step=first["step"]
             )
+            first["share"], first["gradient_scale"] = self._refresher.share, self._refresher.gradient_scale
+            if not 1 / FAR < (first["gradient_scale"] or 1.0) < FAR:
+                self._warn_once("gradient scale", words(first["gradient_scale"]))
             self._take(estimate, due)
             if names := self._orphans.left_alone(self._recorder.model, self._parameters()):
                 self._warn_once("in no group", in_no_group(names))
@@ -539,8 +549,10 @@ class Sophia(torch.optim.Optimizer):
         ``unclipped`` (|m| < gamma h), ``eps_limited`` (gamma h <= eps) and ``h_zero`` are shares of the
         coordinates, whatever the rule, and ``own_rule`` the share that is not moved by the published one;
         ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
-        pass; ``age`` the steps taken since h was renewed (all steps, if it never was); ``refreshes`` and
-        ``skipped`` count passes. ``sophia.diagnostics.advice`` turns them into a sentence.
+        pass, and ``share`` their share of those of the step, in replay; ``gradient_scale`` the scale of
+        ``.grad`` in units of the loss that h is the curvature of: 1, less what clipping took, and 0 if it
+        could not be measured; ``age`` the steps taken since h was renewed (all steps, if it never was);
+        ``refreshes`` and ``skipped`` count passes. ``sophia.diagnostics.advice`` turns them into a sentence.
         """
         parameters = self._parameters()
         ranks = self._refresher.ranks(self._model, parameters) if all_ranks else None
@@ -572,6 +584,8 @@ class Sophia(torch.optim.Optimizer):
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
             "own_rule": own / every if every else 0.0,
             "B": float(first["counted"]),
+            "share": float(first["share"]),
+            "gradient_scale": float(first["gradient_scale"]),
             "age": float(first["step"] - max(first["refreshed"], 0)),
             "refreshes": float(first["refreshes"]),
             "skipped": float(first["skipped"]),
@@ -677,6 +691,7 @@ class Sophia(torch.optim.Optimizer):
         settings = (
             "mode",
             "fraction",
+            "batch_dim",
             "state_dtype",
             "stochastic_rounding",
             "likelihood",

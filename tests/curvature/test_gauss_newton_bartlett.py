@@ -13,7 +13,7 @@ from sophia import Sophia
 from sophia.curvature.exact import gauss_newton_diagonal
 from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from sophia.refresh.seeds import generator
-from tiny import ForcedLabels
+from tiny import ForcedLabels, weights_in_means
 
 CLASSES, LENGTH, WIDTH = 4, 3, 5
 
@@ -32,11 +32,6 @@ class Chain(nn.Module):
         if y is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
-
-
-def weights_in_means(mask, sizes):
-    """What each prediction weighs in the sum of the mean losses of micro-batches of ``sizes`` rows."""
-    return torch.cat([part / part.sum() for part in mask.double().split(sizes)])
 
 
 def exact_diagonal(model, x, mask, likelihood=None, weights=None):

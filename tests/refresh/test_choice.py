@@ -171,7 +171,6 @@ class Normed(nn.Sequential):
 
 CAUSAL = torch.full((8, 8), -torch.inf).triu(1)
 DEPENDENT = {
-    "time first": (TimeFirst, (torch.randn(8, 6, 3),)),
     "contrast over the batch": (Contrast, (torch.randn(8, 3),)),
     "a mask as long as the batch": (Masked, (torch.randn(8, 8, 3), CAUSAL)),
     "BatchNorm": (Normed, (torch.randn(16, 3),)),
@@ -194,6 +193,132 @@ def test_rows_that_are_not_independent_are_not_cut(case):
             with pytest.warns(SophiaWarning, match=f"rows of a batch of {make.__name__} are not independent"):
                 opt.step()
         assert opt.stats()["B"] == output[..., 0].numel()
+
+
+def one_step(opt, output):
+    F.cross_entropy(output.flatten(0, -2), torch.zeros(output[..., 0].numel()).long()).backward()
+    opt.step()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("batch_dim", [None, 1])
+@pytest.mark.parametrize("times", [6, 24])
+def test_rows_are_found_behind_the_time(times, batch_dim):
+    """The default of torch's recurrent layers: rows in the second dimension, run whole for ever."""
+    model = TimeFirst()
+    opt = Sophia(model, batch_dim=batch_dim, **MANUAL)
+    one_step(opt, model(torch.randn(times, 16, 3)))
+    assert (opt.stats()["B"], opt.stats()["share"]) == (2 * times, 1 / 8)
+
+
+def test_a_batch_dim_that_is_none_is_proved_wrong():
+    """The user's word is taken for the place, not for the independence."""
+    model = TimeFirst()
+    opt = Sophia(model, batch_dim=0, **MANUAL)
+    with pytest.warns(SophiaWarning, match="rows of a batch of TimeFirst are not independent"):
+        one_step(opt, model(torch.randn(6, 16, 3)))
+    assert opt.stats()["share"] == 1.0
+    with pytest.raises(ValueError, match="batch_dim=-1: the dimension of the outputs"):
+        Sophia(model, batch_dim=-1)
+
+
+class ZeroAtFirst(nn.Module):
+    """A residual block and a head that begin as zero, around what mixes the batch."""
+
+    def __init__(self, small):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.block, self.head = nn.BatchNorm1d(3), nn.Linear(3, 3), nn.Linear(3, 4)
+        self.scale = nn.Parameter(torch.full((3,), small))
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        return self.head(x + self.scale * self.block(self.norm(x)))
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-6])
+def test_what_begins_as_zero_is_not_taken_for_independence(small):
+    """With all outputs zero, or a block switched off, any cut looks right: at the first refresh alone,
+    which is when it is proved.
+    """
+    model = ZeroAtFirst(small)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt = Sophia(model, **MANUAL)
+    with pytest.warns(SophiaWarning, match="rows of a batch of ZeroAtFirst are not independent"):
+        one_step(opt, model(torch.randn(16, 3)))
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+class Packed(nn.Module):
+    """Running means over the documents of a row, which positions or numbers tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids, position_ids=None, documents=None):
+        if position_ids is not None:
+            documents = (position_ids == 0).cumsum(-1)
+        h = self.embed(ids)
+        if documents is None:
+            return self.out(torch.tanh(h.cumsum(1)))
+        same = (documents[:, :, None] == documents[:, None]).tril()
+        return self.out(torch.tanh(same.to(h.dtype) @ h))
+
+
+LENGTHS = [5, 3, 9, 4, 2, 7, 6, 4]
+DOCUMENTS = {
+    "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+    "documents": torch.cat([torch.full((n,), i + 1) for i, n in enumerate(LENGTHS)])[None],
+}
+
+
+@pytest.mark.parametrize("told_by", DOCUMENTS)
+def test_a_packed_row_gives_some_of_its_documents(told_by):
+    """One row of 4,096 tokens, as packing makes it of every micro-batch: a refresh as dear as the step."""
+    model = Packed()
+    opt = Sophia(model, **MANUAL)
+    seen = set()
+    for _ in range(90):
+        one_step(opt, model(torch.randint(0, 9, (1, 40)), **{told_by: DOCUMENTS[told_by]}))
+        seen.add(int(opt.stats()["B"]))
+    assert seen == set(LENGTHS)  # one whole document each time, drawn from all
+
+
+def test_a_packed_row_of_unequal_documents_is_sampled_without_bias():
+    """Long documents and short ones weigh by their tokens in the loss, and are drawn alike."""
+    model = Packed()
+    ids = torch.randint(0, 9, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def h(fraction, steps):
+        return mean_of_h(
+            model,
+            lambda m: F.cross_entropy(m(ids, documents=DOCUMENTS["documents"])[0], ids[0]),
+            model.out.weight,
+            steps=steps,
+            fraction=fraction,
+        )
+
+    torch.testing.assert_close(h(0.25, 2000).sum(0), h(1.0, 1000).sum(0), rtol=0.2, atol=0.0)
+
+
+def test_a_row_that_cannot_be_divided_is_said_with_its_cost():
+    """Every refresh costs what a step costs, in silence."""
+    model = Packed()
+    opt = Sophia(model, **MANUAL)
+    with pytest.warns(SophiaWarning, match="has one row.*update_every 8 times as large"):
+        one_step(opt, model(torch.randint(0, 9, (1, 40))))
+    one_step(opt, model(torch.randint(0, 9, (1, 40))))
+    assert opt.stats()["share"] == 1.0
+
+
+def test_a_row_of_tokens_that_do_not_see_each_other_gives_some_of_them():
+    """A table of bigrams in one row: exact, an eighth of the price."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    opt = Sophia(model, **MANUAL)
+    one_step(opt, model(torch.randint(0, 9, (1, 40))))
+    assert opt.stats()["share"] == 1 / 8
 
 
 def test_random_layers_and_dropout_do_not_look_like_dependence():

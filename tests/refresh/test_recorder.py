@@ -299,7 +299,6 @@ def test_nanogpt_s_last_position_counts_one_a_sequence():
         ([16], 0.25, 4 * T),
         ([4, 4, 4, 4], 0.5, 8 * T),
         ([4, 4, 4, 4], 0.3, 8 * T),
-        ([1], 0.5, T),
     ],
 )
 def test_fraction_takes_micro_batches_first_and_rows_of_a_single_one(sizes, fraction, predictions):

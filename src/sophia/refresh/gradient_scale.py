@@ -19,7 +19,10 @@ from torch import Tensor
 
 from sophia.distributed.shards import local
 
-__all__ = ["GradientScale", "factor_of", "grad_scaler"]
+__all__ = ["FAR", "GradientScale", "factor_of", "grad_scaler", "measured", "words"]
+
+FAR = 1e4
+"""A factor on ``.grad``, up or down, that no ordinary clipping makes."""
 
 _TENSORS, _ENTRIES = 8, 16
 
@@ -40,20 +43,27 @@ class GradientScale:
         """Drop what was remembered."""
         self._kept = []
 
-    def measured(self) -> float | None:
-        """The factor between then and now; None if nothing was remembered, or it is no single factor."""
+    def products(self) -> tuple[float, float, float]:
+        """Of the entries then and now: then . then, then . now, now . now; to be summed over the ranks."""
         pairs = [(then, _entries(p.grad)) for p, then in self._kept if p.grad is not None]
         pairs = [(then, now) for then, now in pairs if then.shape == now.shape]
         if not pairs:
-            return None
+            return 0.0, 0.0, 0.0
         then, now = (torch.cat([pair[i].double() for pair in pairs]) for i in (0, 1))
-        square, product, other = (
-            float(value) for value in torch.stack([then @ then, then @ now, now @ now]).tolist()
-        )
-        if not (square > 0 and math.isfinite(square) and math.isfinite(other) and product > 0):
-            return None
-        # One factor for all: the two are parallel.
-        return product / square if product * product > 0.999 * square * other else None
+        square, product, other = torch.stack([then @ then, then @ now, now @ now]).tolist()
+        return square, product, other
+
+
+def measured(square: float, product: float, other: float) -> float | None:
+    """The factor between then and now; None if nothing was remembered, or it is no single factor.
+
+    >>> measured(4.0, 2.0, 1.0), measured(4.0, 0.0, 1.0)
+    (0.5, None)
+    """
+    if not (square > 0 and math.isfinite(square) and math.isfinite(other) and product > 0):
+        return None
+    # One factor for all: the two are parallel.
+    return product / square if product * product > 0.999 * square * other else None
 
 
 def _entries(gradient: Tensor | None) -> Tensor:
@@ -91,6 +101,25 @@ def factor_of(measured: float | None, whole: float, scaler: float | None, *, mic
     if measured * whole < 1 and (of_means or (whole > 16 and measured < 1 / 16)):
         return 1 / whole  # made a mean afterwards, and clipped
     return 1.0
+
+
+def words(scale: float) -> str:
+    """What to say of gradients of that scale, in units of the loss that h is the curvature of.
+
+    >>> words(1.5e-5)[:49]
+    'the gradients in .grad are 1.5e-05 times those of'
+    """
+    cause = (
+        "The scale of a GradScaler taken out twice, or a norm clipped before scaler.unscale_(optimizer), or "
+        "to far below its size: unscale first, and give clip_grad_norm_ a max_norm near the usual norm"
+        if scale < 1
+        else "A GradScaler whose step is not used, or a multiplication after the backward: call "
+        "scaler.step(optimizer), or multiply the loss instead"
+    )
+    return (
+        f"the gradients in .grad are {scale:.2g} times those of the loss that was back-propagated, so m is, "
+        f"and h is not: gamma acts as {1 / scale:.2g} times itself. {cause}"
+    )
 
 
 def grad_scaler() -> float | None:

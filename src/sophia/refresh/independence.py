@@ -1,16 +1,16 @@
-"""Proof that the rows of a batch are independent, by running the model: whole, and on the rows taken alone.
+"""Two forwards compared with every random operation held still, and no weight asleep.
 
-A refresh may run a part of the rows only where the outputs of these rows do not depend on the others. They
-do under BatchNorm, with time as the first dimension, in contrast over the batch, in graphs, for experts with
-a capacity, or where a mask has as many rows as the batch by chance. All of that shows in the outputs, with
-every random operation held still: two forwards, once for each kind of input.
+The outputs of some rows must not depend on the others if a refresh is to run them alone. They do under
+BatchNorm, with time as the first dimension, in contrast over the batch, in graphs, for experts with a
+capacity, or where a mask has as many rows as the batch by chance. All of that shows in the outputs, unless a
+layer is initialised to zero: then nothing would depend on anything, at first.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sophia.distributed.shards import local
 from sophia.refresh.eager import eager
 
-__all__ = ["Still", "difference", "kind_of_inputs", "rows_of"]
+__all__ = ["Still", "awake", "difference", "held_still", "kind_of_inputs"]
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference over the largest output, by dtype: for another number of rows kernels sum in another
 order.
 """
+_ASLEEP = 0.2
+"""Size under which a parameter that is one number everywhere is taken for one that lets nothing through."""
 
 
 def kind_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int) -> Hashable:
@@ -52,35 +55,21 @@ def kind_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int)
     return tuple(found)
 
 
-def rows_of(value: Any, rows: Tensor, batch: int) -> Any:
-    """These rows of every tensor that has as many as the batch."""
-    if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.ndim and value.shape[0] == batch else value
-    if type(value) is dict:
-        return {key: rows_of(item, rows, batch) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(rows_of(item, rows, batch) for item in value)
-    return value
-
-
-def difference(
-    whole: Callable[[], Sequence[Tensor]], part: Callable[[], Sequence[Tensor]], rows: Tensor
-) -> str | None:
-    """How the outputs of ``rows``, run alone, differ from those in the whole batch; None if they do not.
-
-    Args:
-        whole: runs the model on the whole batch and returns its outputs.
-        part: runs it on the rows alone.
-        rows: their numbers, ``(r,)``.
-    """
+def held_still(outputs: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """Outputs of a forward in which every random operation gives a constant."""
     # With gradients on, as in the training: models that differentiate, or register hooks, inside of their
     # forward do not run without.
     with Still(), torch.enable_grad(), eager():  # type: ignore[no-untyped-call]
-        _seed_python_and_numpy()
-        together = [t.detach()[rows.to(t.device)] if _has(t, rows) else t.detach() for t in whole()]
-        _seed_python_and_numpy()
-        alone = [t.detach() for t in part()]
-    for a, b in zip(together, alone, strict=True):
+        # Layers dropped by Python's or NumPy's generator; the sandbox puts both back.
+        random.seed(0)
+        if (numpy := sys.modules.get("numpy.random")) is not None:
+            numpy.seed(0)
+        return [tensor.detach() for tensor in outputs()]
+
+
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | None:
+    """How outputs of rows that were run alone differ from those in the whole batch; None if they do not."""
+    for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape:
             return f"their outputs have shape {tuple(b.shape)} alone and {tuple(a.shape)} in the batch"
         if not a.numel() or not bool(a.isfinite().all()):
@@ -91,15 +80,32 @@ def difference(
     return None
 
 
-def _seed_python_and_numpy() -> None:
-    """Layers dropped by Python's or NumPy's generator; the sandbox puts both back."""
-    random.seed(0)
-    if (numpy := sys.modules.get("numpy.random")) is not None:
-        numpy.seed(0)
+@contextmanager
+def awake(parameters: Iterable[Tensor], generator: torch.Generator) -> Iterator[None]:
+    """Inside, parameters that are one small number everywhere hold noise instead.
 
-
-def _has(tensor: Tensor, rows: Tensor) -> bool:
-    return bool(tensor.ndim) and tensor.shape[0] > int(rows.max())
+    Layers are often initialised to zero, or scaled by a millionth, so that blocks begin as the identity:
+    nothing that passes through them would be seen in a comparison of outputs. One number is enough to put
+    each back, so this takes no memory. Values are written past autograd, which a graph that still waits for
+    its backward would take for a change.
+    """
+    asleep: list[tuple[Tensor, float]] = []
+    for parameter in parameters:
+        values = local(parameter.data)
+        # Not quantised weights and the like, which are tensors of other classes.
+        if type(values) is Tensor and values.is_floating_point() and values.numel():
+            low, high = (float(end) for end in torch.aminmax(values))
+            if low == high and abs(low) < _ASLEEP:
+                asleep.append((values, low))
+    try:
+        for values, _ in asleep:
+            deviation = values.shape[-1] ** -0.5 if values.ndim > 1 else 0.5
+            noise = torch.randn(values.shape, generator=generator, dtype=torch.float32) * deviation
+            values.copy_(noise)
+        yield
+    finally:
+        for values, value in asleep:
+            values.fill_(value)
 
 
 class Still(TorchDispatchMode):  # type: ignore[no-untyped-call]

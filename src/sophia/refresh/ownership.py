@@ -20,7 +20,7 @@ class Orphans:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, float]] = {}
+        self._seen: dict[int, tuple[int, float, float]] = {}
 
     def left_alone(self, model: nn.Module, held: Iterable[Tensor]) -> list[str]:
         """Names of those that have not moved since the last call."""
@@ -33,14 +33,16 @@ class Orphans:
             and parameter.requires_grad
             and parameter.grad is not None
         }
-        # The version counts changes in place, the sum sees those through `.data`, which are not counted.
-        now = {id(parameter): (parameter._version, _sum(parameter)) for parameter in found.values()}
+        # The version counts changes in place, the sums see those through `.data`, which are not counted.
+        now = {id(parameter): (parameter._version, *_sums(parameter)) for parameter in found.values()}
         before, self._seen = self._seen, now
         return [name for name, parameter in found.items() if before.get(id(parameter)) == now[id(parameter)]]
 
 
-def _sum(parameter: Tensor) -> float:
-    return float(local(parameter.detach()).sum(dtype=torch.float64))
+def _sums(parameter: Tensor) -> tuple[float, float]:
+    """Of the entries, and of their squares: the steps of a bias before a softmax add up to zero."""
+    values = local(parameter.detach()).to(torch.float64)
+    return float(values.sum()), float(values.square().sum())
 
 
 def in_no_group(names: list[str]) -> str:

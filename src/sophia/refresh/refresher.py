@@ -8,35 +8,25 @@ reason why there is none.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sophia.checks import SophiaWarning
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
 from sophia.distributed.agreement import Agreement
 from sophia.distributed.collectives import Ranks
 from sophia.distributed.process_groups import ranks_of
 from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
-from sophia.refresh.gradient_scale import factor_of, grad_scaler
-from sophia.refresh.independence import difference, kind_of_inputs, rows_of
-from sophia.refresh.recorder import Recorder, Recording
+from sophia.refresh.cuts import Cuts
+from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
+from sophia.refresh.recorder import Recorder
 from sophia.refresh.refusals import check_recorded
-from sophia.refresh.replay import (
-    Choice,
-    Replay,
-    RowsCannotBeTaken,
-    choose,
-    rows_in,
-    rows_to_take,
-    usable,
-)
-from sophia.refresh.sandbox import same_buffers, sandbox
+from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose
+from sophia.refresh.sandbox import sandbox
 from sophia.refresh.seeds import generator, seed_for
 
 _OFTEN = 5
@@ -80,14 +70,20 @@ class Refresher:
     Args:
         estimator: turns a pass into an estimate.
         fraction: share of the recorded micro-batches or rows that a replay runs.
+        batch_dim: dimension of the rows in the outputs; None to find it.
         group: process group whose ranks train the same parameters; None for the default one, False for none.
     """
 
-    def __init__(self, estimator: Estimator, *, fraction: float, group: Any) -> None:
+    def __init__(
+        self, estimator: Estimator, *, fraction: float, batch_dim: int | None = None, group: Any
+    ) -> None:
         self.estimator, self.fraction, self.group = estimator, fraction, group
-        self.gradient_scale = 1.0  # of ``.grad`` at the last due step, over what the backward had left there
+        self.cuts = Cuts(fraction=fraction, batch_dim=batch_dim)
+        self.gradient_scale = self.share = 0.0
+        """Of ``.grad`` at the last due step, in units of the loss that h is the curvature of, 0 if it is no
+        single factor; and the predictions that the pass counted, over those of the whole step.
+        """
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
-        self._independent: dict[Hashable, bool] = {}  # by kind of input, whether rows may be taken alone
 
     def replay(self, recorder: Recorder, parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
         """Estimate the curvature from the recorded forwards.
@@ -97,20 +93,20 @@ class Refresher:
             the model's.
         """
         self.check_estimator(parameters)
-        measured = recorder.arrivals.scale.measured()  # before the sandbox puts the gradients aside
-        self.gradient_scale = 1.0 if measured is None else measured
         ranks = self.ranks(recorder.model, parameters)
+        # Before the sandbox puts the gradients aside. Summed, as a rank's shards may be empty.
+        scale = measured(*(ranks.total(product) for product in recorder.arrivals.scale.products()))
         key = (seed, step, ranks.number)
 
         def chosen() -> Choice:
-            return choose(recorder, fraction=self.fraction, key=key, cut=cut)
+            return choose(recorder, fraction=self.fraction, key=key, division=division)
 
         with (
             sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")),
             reducing(recorder.model),
         ):
             ranks.together(lambda: check_recorded(recorder, parameters, step))
-            kind, cut = self._may_cut(recorder, ranks, key)
+            division = self.cuts.division(recorder, ranks, key)
             while True:
                 # All ranks choose before any runs: an error in the choice is raised on all, and none is left
                 # waiting in a collective of the pass.
@@ -121,9 +117,10 @@ class Refresher:
                 totals = [ranks.total(total) for total in choice.totals]
                 if sum(totals) == 0:
                     return Estimate([None] * len(parameters), 0.0)
-                factor = self._factor(choice, measured, ranks)
+                factor = self._factor(choice, scale, ranks)
                 of_heads = zip(*(replay.counts for replay in choice.replays), strict=True)
                 counts = [ranks.total(sum(of_head)) for of_head in of_heads]
+                self.share = sum(counts) / sum(totals)
                 agreement = Agreement(ranks, RowsCannotBeTaken)
                 try:
                     with agreement:
@@ -132,94 +129,20 @@ class Refresher:
                         )
                         return self.estimator.estimate(context)
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
-                    cut = self._take_whole_batches(recorder.model, ranks, kind, str(reason))
+                    division = None
+                    self.cuts.give_up(recorder, str(reason))
                 # What a pass that was given up left there must not enter the next one.
                 for parameter in parameters:
                     parameter.grad = None
 
-    @staticmethod
-    def _factor(choice: Choice, measured: float | None, ranks: Ranks) -> float:
+    def _factor(self, choice: Choice, scale: float | None, ranks: Ranks) -> float:
         """From the weights that were read to those of the gradient in ``.grad``: the mean over the ranks, and
         what was done to it since the backward.
         """
         whole = ranks.total(sum(weight for weight in choice.weights if weight is not None)) / ranks.size
-        factor = factor_of(measured, whole, grad_scaler(), micro_batches=choice.micro_batches)
+        factor = factor_of(scale, whole, grad_scaler(), micro_batches=choice.micro_batches)
+        self.gradient_scale = 0.0 if scale is None else scale / factor
         return factor / ranks.size
-
-    def _may_cut(self, recorder: Recorder, ranks: Ranks, key: tuple[int | str, ...]) -> tuple[Hashable, bool]:
-        """The kind of the recorded input, and whether its rows are independent: asked of the model once a
-        kind, and answered alike on all ranks.
-        """
-        recordings = usable(recorder)
-        number = rows_to_take(recordings[0], self.fraction) if len(recordings) == 1 else None
-        kind: Hashable = None
-        if number is not None:
-            first = recordings[0]
-            kind = kind_of_inputs(first.args, first.kwargs, rows_in(first))
-        unknown = number is not None and kind not in self._independent
-        if not ranks.any_of(unknown)[0]:
-            return kind, number is not None and self._independent[kind]
-        reason = None
-        # With forwards in lockstep all ranks must run as many, whatever is known on this one.
-        if unknown or ranks.lockstep:
-            reason = self._dependence(recorder, recordings[0], number, ranks, key)
-        if ranks.any_of(reason is not None)[0]:
-            return kind, self._take_whole_batches(recorder.model, ranks, kind, reason)
-        self._independent[kind] = True
-        return kind, number is not None
-
-    def _dependence(
-        self,
-        recorder: Recorder,
-        recording: Recording,
-        number: int | None,
-        ranks: Ranks,
-        key: tuple[int | str, ...],
-    ) -> str | None:
-        batch = max(rows_in(recording), 1)
-        # The middle row among them: under a recurrence over rows the first one alone would show nothing.
-        order = torch.randperm(batch, generator=generator(torch.device("cpu"), *key, "proof")).tolist()
-        order = [batch // 2, *(row for row in order if row != batch // 2)]
-        rows = torch.tensor(sorted(order[: number or batch]))
-        part = rows_of(recording.args, rows, batch), rows_of(dict(recording.kwargs), rows, batch)
-
-        def outputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
-            # Both forwards from the same buffers: one that counts its calls is no dependence.
-            with recording.autocast.again(), same_buffers(recorder.model):
-                return recorder.find_outputs(recorder.model(*args, **kwargs))
-
-        def alone() -> Sequence[Tensor]:
-            try:
-                return outputs(*part)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if ranks.lockstep:  # the others wait inside this forward
-                    raise RuntimeError(
-                        f"{type(recorder.model).__name__} does not run on a part of the rows of its inputs "
-                        f"({type(error).__name__}: {error}), and a sharded forward that was left half-way "
-                        "cannot be begun again. Pass fraction=1.0: then a refresh takes the whole batch"
-                    ) from error
-                raise RowsCannotBeTaken(f"{type(error).__name__}: {error}") from error
-
-        try:
-            return difference(lambda: outputs(recording.args, recording.kwargs), alone, rows)
-        except RowsCannotBeTaken as reason:
-            return str(reason)
-
-    def _take_whole_batches(self, model: nn.Module, ranks: Ranks, kind: Hashable, reason: str | None) -> bool:
-        """Remember, and say once, that rows are not taken alone; returns False."""
-        known = any(not independent for independent in self._independent.values())
-        self._independent[kind] = False
-        if not known:
-            warnings.warn(
-                f"the rows of a batch of {type(model).__name__} are not independent"
-                f"{f' ({reason})' if reason else ', on another rank'}: refreshes take whole micro-batches, "
-                "not a part of its rows, which costs more. Pass fraction=1.0 to mean it, or a larger "
-                "update_every",
-                SophiaWarning,
-            )
-        return False
 
     @contextmanager
     def by_hand(

@@ -1,8 +1,8 @@
 """Replay of recorded forwards: which of them, which rows, and what counts.
 
 Whole micro-batches are taken where there are several, as that costs no proof; of a single one, a part of its
-rows, where they are independent (``independence.py``). The predictions that count are known before the
-pass, so their number B is too.
+rows, where they are independent (``cuts.py``). The predictions that count are known before the pass, so their
+number B is too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
+from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
-from sophia.refresh.independence import rows_of
 from sophia.refresh.model_outputs import (
     find_loss,
     items_of_part,
@@ -31,7 +31,7 @@ from sophia.refresh.model_outputs import (
 from sophia.refresh.recorder import Outputs, Recorder, Recording
 from sophia.refresh.seeds import generator
 
-__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "choose", "rows_in", "rows_to_take", "usable"]
+__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "choose", "usable"]
 
 
 class RowsCannotBeTaken(Exception):
@@ -49,7 +49,8 @@ class Replay:
     masks: tuple[Tensor, ...]
     counts: tuple[int, ...]
     key: tuple[int | str, ...]
-    rows: int | None
+    cut: tuple[Division, Tensor] | None
+    """The places that were taken, ``(n,)``, and along what; None for the whole."""
     weights: tuple[Tensor | None, ...]
     """What each prediction of a head weighs in the loss, of the shape of its mask; None where it is 1 / B."""
     share: float
@@ -71,7 +72,7 @@ class Replay:
 
     def forward(self) -> Any:
         """Run the model on the recorded inputs, under the recorded autocast."""
-        if self.rows is None:
+        if self.cut is None:
             with self.recording.autocast.again():
                 return self.recorder.model(*self.args, **self.kwargs)
         try:
@@ -99,12 +100,14 @@ class Replay:
         """The outputs of all heads, checked against those of the training forward."""
         found = self.recorder.find_outputs(output)
         for tensor, recorded in zip(found, self.recording.outputs, strict=True):
-            rows = recorded.shape[:1] if self.rows is None else (self.rows,)
-            expected = (*rows, *recorded.shape[1:])
-            if tuple(tensor.shape) != expected:
+            shape = list(recorded.shape)
+            if self.cut is not None:
+                division, places = self.cut
+                shape[division.dim] = len(places)
+            if list(tensor.shape) != shape:
                 raise RuntimeError(
-                    f"replay gave logits of shape {tuple(tensor.shape)} but training gave {expected}: the "
-                    "model's output depends on more than its inputs, so its forward cannot be repeated. "
+                    f"replay gave logits of shape {tuple(tensor.shape)} but training gave {tuple(shape)}: "
+                    "the model's output depends on more than its inputs, so its forward cannot be repeated. "
                     "Use mode='manual' and opt.hessian_pass()"
                 )
         return found
@@ -136,7 +139,9 @@ class Choice:
     """Forwards of the whole step."""
 
 
-def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], cut: bool) -> Choice:
+def choose(
+    recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], division: Division | None
+) -> Choice:
     """Draw the part of the recordings that a refresh runs again.
 
     Drawn by the noise of ``key``, among those in which something counts: the first ones are no sample where
@@ -146,7 +151,7 @@ def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], c
         recorder: holds the recordings since the last step.
         fraction: of the micro-batches, rounded up; of the rows if there is one micro-batch only.
         key: (seed, step, rank), from which the choice and the noise of each micro-batch are made.
-        cut: whether a single micro-batch may be cut: its rows are independent.
+        division: of a single micro-batch into parts that are independent; None to run it whole.
     """
     recordings = usable(recorder)
     masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
@@ -159,13 +164,12 @@ def choose(recorder: Recorder, *, fraction: float, key: tuple[int | str, ...], c
         chosen, share = _drawn(counting, number, (*key, "micro-batches"))
         taken = [_replay(recorder, recordings[i], masks[i], None, read, share, (*key, i)) for i in chosen]
         return Choice(taken, totals, _sums(recordings, read), len(recordings))
-    (recording,), (of_rows,) = recordings, masks
-    batch, rows, share = rows_in(recording), None, 1.0
-    if cut and (taken_rows := rows_to_take(recording, fraction)) is not None:
-        flags = torch.stack([mask.reshape(batch, -1).any(1) for mask in of_rows]).any(0)
-        chosen, share = _drawn(flags.tolist(), taken_rows, (*key, 0, "rows"))
-        rows = torch.tensor(chosen)
-    taken = [_replay(recorder, recording, of_rows, rows, read, share, (*key, 0))]
+    (recording,), (of_one,) = recordings, masks
+    cut, share = None, 1.0
+    if division is not None and (number_of_parts := division.to_take(fraction)) is not None:
+        parts, share = _drawn(division.counting(of_one), number_of_parts, (*key, 0, "rows"))
+        cut = division, division.places(parts)
+    taken = [_replay(recorder, recording, of_one, cut, read, share, (*key, 0))]
     return Choice(taken, totals, _sums(recordings, read))
 
 
@@ -203,19 +207,6 @@ def usable(recorder: Recorder) -> list[Recording]:
     return recordings
 
 
-def rows_to_take(recording: Recording, fraction: float) -> int | None:
-    """How many rows of a single micro-batch are that share of it, at least one; None where it is not cut."""
-    batch = rows_in(recording)
-    number = max(1, int(fraction * batch))
-    return number if fraction < 1 and number < batch else None
-
-
-def rows_in(recording: Recording) -> int:
-    """The number of rows, 0 if the heads do not agree on one: then they cannot be cut alike."""
-    sizes = {part.shape[0] if part.prediction_shape else 0 for part in recording.outputs}
-    return sizes.pop() if len(sizes) == 1 else 0
-
-
 def _drawn(counting: list[bool], number: int, key: tuple[int | str, ...]) -> tuple[list[int], float]:
     """``number`` places, those that count first, and what each stands for.
 
@@ -232,7 +223,7 @@ def _replay(
     recorder: Recorder,
     recording: Recording,
     masks: tuple[Tensor, ...],
-    rows: Tensor | None,
+    cut: tuple[Division, Tensor] | None,
     read: tuple[bool, ...],
     share: float,
     key: tuple[int | str, ...],
@@ -246,18 +237,17 @@ def _replay(
         for part, mask, known in parts
     )
     whole = sum(int(mask.sum()) for mask in masks)
-    if rows is not None:
-        batch = rows_in(recording)
-        args, kwargs = rows_of(args, rows, batch), rows_of(kwargs, rows, batch)
-        masks = tuple(mask[rows.to(mask.device)] for mask in masks)
-        weights = tuple(None if w is None else w[rows.to(w.device)] for w in weights)
+    if cut is not None:
+        division, places = cut
+        args, kwargs = division.of_inputs(args, places), division.of_inputs(kwargs, places)
+        masks = tuple(division.of_output(mask, places) for mask in masks)
+        weights = tuple(None if w is None else division.of_output(w, places) for w in weights)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
     args, kwargs = _detached(args), _detached(kwargs)
     counts = tuple(int(mask.sum()) for mask in masks)
-    kwargs = items_of_part(kwargs, sum(counts), whole) if rows is not None else kwargs
-    taken = None if rows is None else len(rows)
-    return Replay(recorder, recording, args, kwargs, masks, counts, key, taken, weights, share, whole)
+    kwargs = items_of_part(kwargs, sum(counts), whole) if cut is not None else kwargs
+    return Replay(recorder, recording, args, kwargs, masks, counts, key, cut, weights, share, whole)
 
 
 def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:

@@ -38,6 +38,10 @@ COUNTERS: Mapping[str, int | float] = {
     "skipped": 0,
     # B, the predictions counted in the last pass; in the first group alone.
     "counted": 0.0,
+    # Of the last replay, in the first group alone: its predictions over those of the step, and the scale of
+    # .grad in units of the loss (``refresh/gradient_scale.py``).
+    "share": 0.0,
+    "gradient_scale": 0.0,
 }
 """The counters of the refreshes, by their first values. They live in ``param_groups``: there every format of
 checkpoints carries them.

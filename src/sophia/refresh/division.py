@@ -1,0 +1,140 @@
+"""Division of a micro-batch into parts: rows along its batch dimension, or the documents of a packed row.
+
+Here it is only said where parts may lie. Whether they are independent is proved by running them
+(``cuts.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Division", "divisions_of", "starts_of_documents"]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Parts of a micro-batch along one dimension of its outputs.
+
+    >>> documents = Division(dim=1, size=6, starts=(0, 2))
+    >>> documents.number, documents.places([1]).tolist()
+    (2, [2, 3, 4, 5])
+    """
+
+    dim: int
+    size: int
+    """Length of the dimension."""
+    starts: tuple[int, ...] | None = None
+    """Where each document starts; None where each place is a part of its own."""
+
+    @property
+    def number(self) -> int:
+        """How many parts there are."""
+        return self.size if self.starts is None else len(self.starts)
+
+    def to_take(self, fraction: float) -> int | None:
+        """How many parts are that fraction of them, at least one; None where nothing is left out."""
+        number = max(1, int(fraction * self.number))
+        return number if fraction < 1 and number < self.number else None
+
+    def places(self, parts: Sequence[int]) -> Tensor:
+        """The places of some parts, ``(n,)``."""
+        if self.starts is None:
+            return torch.tensor(parts)
+        ends = (*self.starts[1:], self.size)
+        return torch.cat([torch.arange(self.starts[part], ends[part]) for part in parts])
+
+    def counting(self, masks: Sequence[Tensor]) -> list[bool]:
+        """For each part, whether a prediction of it counts. Masks have the shape of the predictions."""
+        along = [mask.movedim(self.dim, 0).reshape(self.size, -1).any(1).cpu() for mask in masks]
+        each = torch.stack(along).any(0)
+        if self.starts is None:
+            return each.tolist()
+        ends = (*self.starts[1:], self.size)
+        return [bool(each[start:end].any()) for start, end in zip(self.starts, ends, strict=True)]
+
+    def of_output(self, tensor: Tensor, places: Tensor) -> Tensor:
+        """These places of an output, or of a mask of its predictions."""
+        return tensor.index_select(self.dim, places.to(tensor.device))
+
+    def of_inputs(self, value: Any, places: Tensor) -> Any:
+        """These places of every tensor, nested in any way, that has as many of them."""
+        if isinstance(value, Tensor):
+            for dim in self._dims(value):
+                value = value.index_select(dim, places.to(value.device))
+            return value
+        if type(value) is dict:
+            return {key: self.of_inputs(item, places) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.of_inputs(item, places) for item in value)
+        return value
+
+    def _dims(self, tensor: Tensor) -> list[int]:
+        if self.starts is not None:  # a mask (1, 1, T, T) has the row twice
+            return [d for d, n in enumerate(tensor.shape) if n == self.size and (d or tensor.ndim == 1)]
+        if tensor.ndim > self.dim and tensor.shape[self.dim] == self.size:
+            return [self.dim]
+        # One number a row, as lengths, beside tensors with time as the first dimension.
+        return [0] if tensor.ndim and tensor.shape[0] == self.size else []
+
+
+def divisions_of(
+    shapes: Sequence[torch.Size], inputs: tuple[tuple[Any, ...], Mapping[str, Any]], batch_dim: int | None
+) -> list[Division]:
+    """The ways in which a micro-batch may be divided, the most likely one first; two at most.
+
+    Args:
+        shapes: of the predictions of each output, ``(B, T)`` for logits ``(B, T, V)``.
+        inputs: of the forward, args and kwargs: they tell the documents of a packed row.
+        batch_dim: the dimension of the rows; None: the first, or else the second (time as the first one).
+    """
+
+    def common(dim: int) -> int:
+        sizes = {shape[dim] if len(shape) > dim else 0 for shape in shapes}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    if batch_dim is not None:
+        found = [Division(batch_dim, common(batch_dim))]
+    elif common(0) == 1 and (starts := starts_of_documents(inputs, common(1))) is not None:
+        found = [Division(1, common(1), starts)]
+    else:
+        found = [Division(0, common(0)), Division(1, common(1))]
+    return [division for division in found if division.number > 1]
+
+
+def starts_of_documents(inputs: Any, length: int) -> tuple[int, ...] | None:
+    """Where the documents of a packed row ``(1, length)`` start; None if no input tells two of them.
+
+    Told by positions that start anew, 0 1 2 0 1, or by numbers of documents, 0 0 0 1 1, whatever they are
+    called.
+
+    >>> starts_of_documents({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, 5)
+    (0, 3)
+    """
+    for tensor in _integers(inputs, length):
+        row = tensor.reshape(-1)
+        steps = row.diff()
+        positions = bool((row[0] == 0) & ((steps == 1) | (row[1:] == 0)).all())
+        numbers = bool(((steps == 0) | (steps == 1)).all())
+        first = (row == 0) if positions else torch.nn.functional.pad(steps, (1, 0), value=1) != 0
+        starts = first.nonzero().flatten().tolist()
+        if (positions or numbers) and 1 < len(starts) < length:
+            return tuple(starts)
+    return None
+
+
+def _integers(value: Any, length: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        whole = not value.is_floating_point() and value.dtype != torch.bool
+        if whole and length > 1 and tuple(value.shape) in ((1, length), (length,)):
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _integers(item, length)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _integers(item, length)
