@@ -293,6 +293,7 @@ class Sophia(torch.optim.Optimizer):
             logits_fn=self.logits_fn,
             mask_fn=self.mask_fn,
             copy_inputs=self.copy_inputs,
+            needs_outputs=self.estimator.needs_outputs,
         )
         self._listen()
 

@@ -206,6 +206,25 @@ def test_example_with_several_outputs():
     assert opt.stats()["B"] == int((y[row] >= 0).sum()) + 1
 
 
+def test_example_with_several_outputs_of_one_kind():
+    """A second classifier that is left out."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(3, 5)
+
+        def forward(self, images):
+            return self.first(images), self.second(images)
+
+    model = Both()
+    opt = Sophia(model, fraction=1.0)
+    batches = [(torch.randn(8, 3), torch.randint(0, 4, (8,)))] * 11
+    names = {"opt": opt, "model": model, "batches": batches, "cross_entropy": F.cross_entropy}
+    run("Several outputs of one kind", **names)
+    assert (opt.stats()["refreshes"], opt.stats()["B"]) == (2, 16)
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """The loss from hidden states and the head's weight, a few rows of logits at a time."""
 

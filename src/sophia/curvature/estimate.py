@@ -61,7 +61,8 @@ class MicroBatch(Protocol):
 
     @property
     def weights(self) -> Sequence[Tensor | None]:
-        """What each prediction of a head weighs in the training loss, of the shape of its mask; None: 1 / B.
+        """What each prediction of an output weighs in the training loss, of the shape of its mask; None for
+        1 / B.
 
         Before the mean over ranks, and whatever was done to the gradients afterwards:
         ``PassContext.factor``.
@@ -69,7 +70,11 @@ class MicroBatch(Protocol):
 
     @property
     def masks(self) -> Sequence[Tensor]:
-        """The mask of each head; one, unless the likelihood is ``sophia.likelihoods.Heads``."""
+        """The mask of each output: one a head, and more where a loss used several tensors of one kind."""
+
+    @property
+    def heads(self) -> Sequence[int]:
+        """The number of the head that each output is of."""
 
     @property
     def counts(self) -> Sequence[int]:
@@ -82,10 +87,10 @@ class MicroBatch(Protocol):
         """``forward()``, and for each output the call of the linear layer that made it, if it can be told."""
 
     def logits(self, output: Any) -> Tensor:
-        """Return the output that the likelihood speaks of; of the first head."""
+        """Return the output that the likelihood speaks of; the first one."""
 
     def outputs(self, output: Any) -> Sequence[Tensor]:
-        """Return that of each head."""
+        """Return all of them, as many as masks."""
 
     def loss(self, output: Any) -> Tensor:
         """Return the training loss, averaged over the counted predictions of this micro-batch."""
@@ -159,6 +164,8 @@ class Estimator(abc.ABC):
 
     signed: bool = False
     """True if the diagonal changes its sign with the loss (a Hessian does, a square does not)."""
+    needs_outputs: bool = True
+    """False if the loss is all that it needs: then a model may return nothing else."""
     differentiates_twice: bool = False
     """True if it needs the graph of a backward, which sharded parameters do not have."""
 

@@ -64,14 +64,15 @@ class GaussNewtonBartlett(Estimator):
     def _roots(
         batch: MicroBatch, heads: Sequence[Head], context: PassContext
     ) -> list[tuple[float, Tensor | None]]:
-        """For each head the root of what its predictions weigh: a number, and a tensor where they differ.
+        """For each output the root of what its predictions weigh: a number, and a tensor where they differ.
 
         In the loss of the whole step a prediction weighs 1 / B, or what was read from the user's backward; a
         part of the step stands for ``share`` times as many. So the square of the sum is unbiased, whichever
         part each rank has drawn.
         """
         roots: list[tuple[float, Tensor | None]] = []
-        for head, total, weights in zip(heads, context.totals, batch.weights, strict=True):
+        for number, weights in zip(batch.heads, batch.weights, strict=True):
+            head, total = heads[number], context.totals[number]
             if not total:  # equal on all ranks: a head that counts nothing anywhere is left out everywhere
                 roots.append((0.0, None))
             elif weights is None:
@@ -88,12 +89,14 @@ class GaussNewtonBartlett(Estimator):
         roots: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         returned, readouts = batch.forward_with_readouts()
-        for head, output, readout, mask, (scale, weights) in zip(
-            heads, batch.outputs(returned), readouts, batch.masks, scales, strict=True
-        ):
+        parts = zip(batch.heads, batch.outputs(returned), readouts, batch.masks, scales, strict=True)
+        for place, (number, output, readout, mask, (scale, weights)) in enumerate(parts):
             if not scale:
                 continue
-            likelihood, labels = head.likelihood, batch.generator(head.purpose)
+            head, before = heads[number], batch.heads[:place].count(number)
+            # Another stream of noise for each output of a head: their labels are independent.
+            purpose = f"{head.purpose}, output {before}" if before else head.purpose
+            likelihood, labels = head.likelihood, batch.generator(purpose)
             if readout is not None and isinstance(likelihood, Categorical) and likelihood.pairs:
                 contrast = likelihood.contrast(output, mask, labels, scale=scale)
                 if weights is not None:
@@ -111,7 +114,7 @@ class GaussNewtonBartlett(Estimator):
                 cotangents.append(gradient)
         # The logits go before the backward needs memory. And it is backward, not autograd.grad: sharded
         # parameters and reentrant checkpointing need it.
-        del returned, output
+        del returned, output, parts
         torch.autograd.backward(roots, cotangents)
         return drawn
 

@@ -35,6 +35,7 @@ class Hutchinson(Estimator):
     """
 
     signed = True
+    needs_outputs = False
     differentiates_twice = True
 
     def __init__(

@@ -17,7 +17,8 @@ from sophia.checks import SophiaWarning
 from sophia.distributed.collectives import Ranks
 from sophia.refresh.division import Division, divisions_of
 from sophia.refresh.independence import awake, difference, held_still, kind_of_inputs
-from sophia.refresh.recorder import Recorder, Recording
+from sophia.refresh.recorder import Recorder
+from sophia.refresh.recording import Recording
 from sophia.refresh.replay import RowsCannotBeTaken, usable
 from sophia.refresh.sandbox import same_buffers
 from sophia.refresh.seeds import generator
@@ -70,7 +71,7 @@ class Cuts:
 
     @staticmethod
     def _kind_of(recorder: Recorder, recording: Recording, divisions: Sequence[Division]) -> Hashable:
-        lengths = tuple((d.dim, d.starts is None) for d in divisions)
+        lengths = (*((d.dim, d.starts is None) for d in divisions), len(recording.outputs) > 1)
         inputs = tuple(kind_of_inputs(recording.args, recording.kwargs, d.size) for d in divisions)
         return lengths, inputs, hash(tuple(module.training for module in recorder.model.modules()))
 
@@ -184,4 +185,4 @@ class _Forward:
         recorder, recording = self._recorder, self._recording
         with recording.autocast.again(), same_buffers(recorder.model):
             output = recorder.model(*part(recording.args), **part(dict(recording.kwargs)))
-            return recorder.find_outputs(output)
+            return recorder.outputs_of(recording, output)

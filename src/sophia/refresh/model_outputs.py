@@ -47,7 +47,9 @@ def find_named(output: Any, name: str) -> Tensor | None:
 
 
 def find_loss(output: Any) -> Tensor | None:
-    """``["loss"]``, ``.loss``, or the first 0-dim tensor in a tuple."""
+    """``["loss"]``, ``.loss``, the first 0-dim tensor in a tuple, or the output itself if it is one."""
+    if isinstance(output, Tensor):
+        return output if output.ndim == 0 else None
     if isinstance(output, Mapping):
         named = output.get("loss")
         return named if isinstance(named, Tensor) else None

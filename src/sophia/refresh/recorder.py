@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,72 +32,12 @@ from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
 from sophia.refresh.hook import Hook
 from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
+from sophia.refresh.other_outputs import OtherOutputs, own_gradient
+from sophia.refresh.places import at, fields
+from sophia.refresh.recording import Autocast, Outputs, Recording
 from sophia.refresh.sandbox import in_sandbox
 
 __all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The autocast state of a forward."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device_type: str) -> Autocast:
-        """The state at this moment."""
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-
-    def again(self) -> torch.autocast:
-        """A context that restores it."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-
-
-@dataclass(eq=False)
-class Outputs:
-    """What one head of a recorded forward returned."""
-
-    head: Head
-    shape: torch.Size
-    returned: bool
-    """Whether this very tensor is in the model's output: then a loss that uses it sends it a gradient."""
-    mask: Tensor | None = None
-    """Which predictions count; None until something says so."""
-    probes: Any = None
-    """What the likelihood keeps of the outputs, to read weights from their gradient."""
-    weights: Tensor | None = None
-    """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
-    unread: bool = False
-    """Whether a gradient came whose weights cannot be read."""
-
-    @property
-    def prediction_shape(self) -> torch.Size:
-        """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
-        return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
-
-
-@dataclass(eq=False)
-class Recording:
-    """One training forward: what is needed to run it again."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    autocast: Autocast
-    outputs: tuple[Outputs, ...]
-    """One for each head of the likelihood."""
-    reached: bool = False
-    """Whether a backward has come through the outputs of this forward."""
-    kept: bool = False
-    graph: Any = None
-    """Both for ``arrivals.py``."""
-    versions: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Inputs with their version counters, which tell whether somebody wrote into them since."""
-
-    def overwritten(self) -> bool:
-        """Whether an input has been changed in place since the forward."""
-        return any(tensor._version != version for tensor, version in self.versions)
 
 
 class Recorder:
@@ -112,6 +51,7 @@ class Recorder:
         mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell; a
             mapping by name for several heads.
         copy_inputs: keep copies of the inputs, for loops that write into static buffers.
+        needs_outputs: whether the estimator does; else a model may return its loss alone.
     """
 
     def __init__(
@@ -122,9 +62,17 @@ class Recorder:
         logits_fn: Callable[[Any], Any] | None = None,
         mask_fn: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any] | None = None,
         copy_inputs: bool = False,
+        needs_outputs: bool = True,
     ) -> None:
-        self.model, self.heads, self._named = model, heads_of(likelihood), isinstance(likelihood, Heads)
+        self.model, self.heads, self.named = model, heads_of(likelihood), isinstance(likelihood, Heads)
         self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
+        self.needs_outputs = needs_outputs
+        self.other_outputs = OtherOutputs(
+            type(model).__name__,
+            asked=logits_fn is None and mask_fn is None and not self.named,
+            named=self.named,
+            silent=not needs_outputs,
+        )
         self.active = False
         self.recordings: list[Recording] = []
         self.arrivals = Arrivals(self)
@@ -189,32 +137,51 @@ class Recorder:
         if self._pending is None or in_sandbox():
             return
         (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
-        found = self.find_outputs(output)
         device_type = next((p.device.type for p in model.parameters()), "cpu")
-        returned = {id(tensor) for tensor in tensors_in(_fields(output))}
-        outputs = tuple(
+        recording = Recording(args, kwargs, Autocast.now(device_type), ())
+        recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        if not self._is_loss_alone(output):
+            self._listen(recording, output)
+        self.arrivals.listen(recording, tensors_in(fields(output)))
+        self.recordings.append(recording)
+
+    def _listen(self, recording: Recording, output: Any) -> None:
+        found = self.find_outputs(output)
+        returned = {id(tensor) for tensor in tensors_in(fields(output))}
+        recording.outputs = tuple(
             Outputs(head, tensor.shape, id(tensor) in returned)
             for head, tensor in zip(self.heads, found, strict=True)
         )
-        recording = Recording(args, kwargs, Autocast.now(device_type), outputs)
-        recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
+        self.other_outputs.listen(recording, output, found)
         if self.mask_fn is not None:
-            masks = self._by_head(self.mask_fn(args, kwargs, output), "mask_fn")
-            for part, mask in zip(outputs, masks, strict=True):
+            masks = self._by_head(self.mask_fn(recording.args, recording.kwargs, output), "mask_fn")
+            for part, mask in zip(recording.outputs, masks, strict=True):
                 part.mask = mask
-        else:
-            for part, tensor in zip(outputs, found, strict=True):
-                if tensor.requires_grad:
-                    part.probes = part.head.likelihood.probes(tensor)
-                    tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
-        self.arrivals.listen(recording, tensors_in(_fields(output)))
-        self.recordings.append(recording)
+            return
+        for part, tensor in zip(recording.outputs, found, strict=True):
+            if tensor.requires_grad:
+                part.probes = part.head.likelihood.probes(tensor)
+                tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
+
+    def _is_loss_alone(self, output: Any) -> bool:
+        """Whether the estimator finds its loss in an output that has nothing else to offer."""
+        if self.needs_outputs or self.logits_fn is not None or self.mask_fn is not None or self.named:
+            return False
+        logits = find_logits(output)
+        return not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim)
+
+    def outputs_of(self, recording: Recording, output: Any) -> tuple[Any, ...]:
+        """The tensors in ``output`` that stand where those of a recording stood."""
+        if not recording.outputs:
+            return ()
+        more = (at(output, part.place) for part in recording.outputs if part.place is not None)
+        return (*self.find_outputs(output), *more)
 
     def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs that the likelihood speaks of, one for each head; RuntimeError if one is not there."""
         if self.logits_fn is not None:
             found = self._by_head(self.logits_fn(output), "logits_fn")
-        elif self._named:
+        elif self.named:
             found = tuple(find_named(output, head.name) for head in self.heads)
         else:
             found = (find_logits(output),)
@@ -223,7 +190,7 @@ class Recorder:
         return found
 
     def _by_head(self, value: Any, source: str) -> tuple[Any, ...]:
-        if not self._named:
+        if not self.named:
             return (value,)
         names = [head.name for head in self.heads]
         if not isinstance(value, Mapping) or set(names) - set(value):
@@ -239,7 +206,7 @@ class Recorder:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             what, example = (
                 (f"the head {head.name!r}", f"a mapping with {head.name!r}")
-                if self._named
+                if self.named
                 else ("logits", "the logits")
             )
             raise RuntimeError(
@@ -300,6 +267,7 @@ class _Listener:
         outputs, recorder = self._outputs(), self._recorder()
         if outputs is None or recorder is None or gradient is None:
             return  # a compiled graph with the loss inside gives no gradient to the logits
+        gradient = own_gradient(outputs, gradient, always=recorder.named)
         counted = outputs.head.likelihood.counted(gradient)
         reading = outputs.head.likelihood.weights(gradient, outputs.probes, counted)
         if reading.problem is not None:
@@ -326,9 +294,3 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     return value
-
-
-def _fields(output: Any) -> Any:
-    """An output as something that holds tensors: outputs that are plain objects by their attributes."""
-    plain = isinstance(output, (Tensor, tuple, list, Mapping))
-    return output if plain else getattr(output, "__dict__", {})

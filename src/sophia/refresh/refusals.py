@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sophia.refresh.recorder import Recorder
+from sophia.refresh.replay import usable
 
 __all__ = ["check_ownership", "check_recorded"]
 
@@ -25,6 +26,7 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
         )
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
+    recorder.other_outputs.settle(usable(recorder))
 
 
 def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:

@@ -28,7 +28,8 @@ from sophia.refresh.model_outputs import (
     shift_by_loss,
     shift_by_name,
 )
-from sophia.refresh.recorder import Outputs, Recorder, Recording
+from sophia.refresh.recorder import Recorder
+from sophia.refresh.recording import Outputs, Recording
 from sophia.refresh.seeds import generator
 
 __all__ = ["Choice", "Replay", "RowsCannotBeTaken", "choose", "usable"]
@@ -47,12 +48,18 @@ class Replay:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     masks: tuple[Tensor, ...]
+    """Which predictions of each output count."""
+    heads: tuple[int, ...]
+    """The number of the head that each output is of."""
     counts: tuple[int, ...]
+    """How many predictions of each head count."""
     key: tuple[int | str, ...]
     cut: tuple[Division, Tensor] | None
     """The places that were taken, ``(n,)``, and along what; None for the whole."""
     weights: tuple[Tensor | None, ...]
-    """What each prediction of a head weighs in the loss, of the shape of its mask; None where it is 1 / B."""
+    """What each prediction of an output weighs in the loss, of the shape of its mask; None where it is 1 / B
+    of its head.
+    """
     share: float
     """What this part stands for: what counts in the step over what counts here, in micro-batches or in rows.
     An estimate from the part, times it, is unbiased for the whole.
@@ -78,8 +85,10 @@ class Replay:
         try:
             with self.recording.autocast.again(), eager():
                 output = self.recorder.model(*self.args, **self.kwargs)
-            found = self.recorder.find_outputs(output)
-            fits = all(t.shape[: m.ndim] == m.shape for t, m in zip(found, self.masks, strict=True))
+            found = self.recorder.outputs_of(self.recording, output)
+            fits = all(
+                t is not None and t.shape[: m.ndim] == m.shape for t, m in zip(found, self.masks, strict=True)
+            )
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -93,20 +102,21 @@ class Replay:
         classes = {outputs.shape[-1] for outputs in self.recording.outputs if outputs.shape}
         with watched(self.recorder.model, classes) as calls:
             output = self.forward()
-        found = self.recorder.find_outputs(output)
+        found = self.recorder.outputs_of(self.recording, output)
         return output, tuple(next((call for made, call in calls if made is each), None) for each in found)
 
     def outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs of all heads, checked against those of the training forward."""
-        found = self.recorder.find_outputs(output)
+        found = self.recorder.outputs_of(self.recording, output)
         for tensor, recorded in zip(found, self.recording.outputs, strict=True):
             shape = list(recorded.shape)
             if self.cut is not None:
                 division, places = self.cut
                 shape[division.dim] = len(places)
-            if list(tensor.shape) != shape:
+            got = None if tensor is None else list(tensor.shape)
+            if got != shape:
                 raise RuntimeError(
-                    f"replay gave logits of shape {tuple(tensor.shape)} but training gave {tuple(shape)}: "
+                    f"replay gave logits of shape {got and tuple(got)} but training gave {tuple(shape)}: "
                     "the model's output depends on more than its inputs, so its forward cannot be repeated. "
                     "Use mode='manual' and opt.hessian_pass()"
                 )
@@ -119,11 +129,13 @@ class Replay:
     def loss(self, output: Any) -> Tensor:
         """The mean training loss over the counted predictions, from the output."""
         # The loss of a part stands for that of the whole micro-batch: items_of_part.
-        return mean_loss(output, self.recording.kwargs, self.whole)
+        # A loss that came alone is taken as it is: what it was divided by is not known.
+        return mean_loss(output, self.recording.kwargs if self.masks else {}, self.whole)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Noise of this micro-batch alone."""
-        return generator(self.mask.device, *self.key, purpose)
+        device = (self.masks or tuple(self.recorder.model.parameters()))[0].device
+        return generator(device, *self.key, purpose)
 
 
 @dataclass(frozen=True)
@@ -155,27 +167,38 @@ def choose(
     """
     recordings = usable(recorder)
     masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
-    read = _are_read(recordings)
-    totals = tuple(sum(int(mask.sum()) for mask in of_head) for of_head in zip(*masks, strict=True))
+    read = _are_read(recorder, recordings)
+    counts = [_by_head(recorder, r, of_one) for r, of_one in zip(recordings, masks, strict=True)]
+    totals = tuple(map(sum, zip(*counts, strict=True)))
     if len(recordings) > 1:
         # Less 1e-9: 1/3 of three is one, not two.
         number = max(1, math.ceil(fraction * len(recordings) - 1e-9))
-        counting = [any(bool(mask.any()) for mask in of_one) for of_one in masks]
+        counting = [any(of_one) for of_one in counts]
         chosen, share = _drawn(counting, number, (*key, "micro-batches"))
         taken = [_replay(recorder, recordings[i], masks[i], None, read, share, (*key, i)) for i in chosen]
-        return Choice(taken, totals, _sums(recordings, read), len(recordings))
+        return Choice(taken, totals, _sums(recorder, recordings, read), len(recordings))
     (recording,), (of_one,) = recordings, masks
     cut, share = None, 1.0
     if division is not None and (number_of_parts := division.to_take(fraction)) is not None:
         parts, share = _drawn(division.counting(of_one), number_of_parts, (*key, 0, "rows"))
         cut = division, division.places(parts)
     taken = [_replay(recorder, recording, of_one, cut, read, share, (*key, 0))]
-    return Choice(taken, totals, _sums(recordings, read))
+    return Choice(taken, totals, _sums(recorder, recordings, read))
 
 
-def _are_read(recordings: Sequence[Recording]) -> tuple[bool, ...]:
+def _by_head(recorder: Recorder, recording: Recording, masks: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many predictions of each head count; a model that returns its loss alone counts as one."""
+    counts = {head.name: 0 for head in recorder.heads}
+    for part, mask in zip(recording.outputs, masks, strict=True):
+        counts[part.head.name] += int(mask.sum())
+    if not recording.outputs:
+        counts[recorder.heads[0].name] = 1
+    return tuple(counts.values())
+
+
+def _are_read(recorder: Recorder, recordings: Sequence[Recording]) -> tuple[bool, ...]:
     """Head by head, whether the weights of all predictions that count were read."""
-    heads = zip(*(r.outputs for r in recordings), strict=True)
+    heads = [[p for r in recordings for p in r.outputs if p.head is head] for head in recorder.heads]
     return tuple(
         all(part.weights is not None and not part.unread for part in of_head if part.mask is not None)
         and any(part.weights is not None for part in of_head)
@@ -183,11 +206,13 @@ def _are_read(recordings: Sequence[Recording]) -> tuple[bool, ...]:
     )
 
 
-def _sums(recordings: Sequence[Recording], read: tuple[bool, ...]) -> tuple[float | None, ...]:
+def _sums(
+    recorder: Recorder, recordings: Sequence[Recording], read: tuple[bool, ...]
+) -> tuple[float | None, ...]:
     """The sum of all weights of the step, head by head; None where they were not read."""
-    heads = zip(*(r.outputs for r in recordings), strict=True)
+    heads = [[p.weights for r in recordings for p in r.outputs if p.head is h] for h in recorder.heads]
     return tuple(
-        sum(float(part.weights.sum()) for part in of_head if part.weights is not None) if known else None
+        sum(float(weights.sum()) for weights in of_head if weights is not None) if known else None
         for of_head, known in zip(heads, read, strict=True)
     )
 
@@ -229,14 +254,16 @@ def _replay(
     key: tuple[int | str, ...],
 ) -> Replay:
     args, kwargs = recording.args, dict(recording.kwargs)
-    parts = zip(recording.outputs, masks, read, strict=True)
+    names = [head.name for head in recorder.heads]
+    heads = tuple(names.index(part.head.name) for part in recording.outputs)
+    parts = zip(recording.outputs, masks, heads, strict=True)
     weights = tuple(
         (torch.zeros_like(mask, dtype=torch.float32) if part.weights is None else part.weights)
-        if known
+        if read[head]
         else None
-        for part, mask, known in parts
+        for part, mask, head in parts
     )
-    whole = sum(int(mask.sum()) for mask in masks)
+    whole = sum(_by_head(recorder, recording, masks))
     if cut is not None:
         division, places = cut
         args, kwargs = division.of_inputs(args, places), division.of_inputs(kwargs, places)
@@ -245,9 +272,9 @@ def _replay(
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
     args, kwargs = _detached(args), _detached(kwargs)
-    counts = tuple(int(mask.sum()) for mask in masks)
+    counts = _by_head(recorder, recording, masks)
     kwargs = items_of_part(kwargs, sum(counts), whole) if cut is not None else kwargs
-    return Replay(recorder, recording, args, kwargs, masks, counts, key, cut, weights, share, whole)
+    return Replay(recorder, recording, args, kwargs, masks, heads, counts, key, cut, weights, share, whole)
 
 
 def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:

@@ -1,0 +1,118 @@
+"""What is kept of a training forward until the step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from sophia.likelihoods import Head
+from sophia.refresh.graph_search import Kin
+from sophia.refresh.places import Place
+from sophia.refresh.views import View
+
+__all__ = ["Autocast", "Other", "Outputs", "Recording"]
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state of a forward."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> Autocast:
+        """The state at this moment."""
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+    def again(self) -> torch.autocast:
+        """A context that restores it."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+
+
+@dataclass(eq=False)
+class Outputs:
+    """One output of a recorded forward: what a head speaks of, or one of several that it speaks of."""
+
+    head: Head
+    shape: torch.Size
+    returned: bool
+    """Whether this very tensor is in the model's output: then a loss that uses it sends it a gradient."""
+    place: Place | None = None
+    """Where it is found in what the model returned; None for the output that every forward has of its
+    head.
+    """
+    mask: Tensor | None = None
+    """Which predictions count; None until something says so."""
+    probes: Any = None
+    """What the likelihood keeps of the outputs, to read weights from their gradient."""
+    weights: Tensor | None = None
+    """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
+    unread: bool = False
+    """Whether a gradient came whose weights cannot be read."""
+    views: list[View] = field(default_factory=list)
+    """Outputs that are views of this one, whose gradients arrive here a second time."""
+    apart: bool = False
+    """Whether what came through the views was taken off."""
+
+    @property
+    def prediction_shape(self) -> torch.Size:
+        """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
+        return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
+
+
+@dataclass(eq=False)
+class Other:
+    """A tensor that the model returned beside what its heads speak of."""
+
+    part: Outputs
+    """As which it joins them, if it is of their kind."""
+    name: str
+    """As one writes it."""
+    kin: Kin
+    tensor: TensorWeakRef
+    asked: bool
+    """Whether it may join; else it is only noted that a gradient came."""
+    of_view: bool = False
+    """Whether it is a view of what the head speaks of."""
+    reached: bool = False
+    unlike: bool = False
+    """Whether a gradient came that is not of the head's kind."""
+    likelihood: str = "Gaussian()"
+    """What it might be instead."""
+
+
+@dataclass(eq=False)
+class Recording:
+    """One training forward: what is needed to run it again."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    autocast: Autocast
+    outputs: tuple[Outputs, ...]
+    """One for each head of the likelihood; from ``step()`` on also those that the loss used beside it."""
+    others: list[Other] = field(default_factory=list)
+    """What else the model returned, until it is known whether the loss used it."""
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    """Numbers of outputs of which the second is a view of the first."""
+    first: Place | None = None
+    """Where the first of the outputs stands in what the model returned, if it does."""
+    name: str = "output"
+    """What the first of the outputs is called in what the model returned."""
+    reached: bool = False
+    """Whether a backward has come through the outputs of this forward."""
+    kept: bool = False
+    graph: Any = None
+    """Both for ``arrivals.py``."""
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Inputs with their version counters, which tell whether somebody wrote into them since."""
+
+    def overwritten(self) -> bool:
+        """Whether an input has been changed in place since the forward."""
+        return any(tensor._version != version for tensor, version in self.versions)
