@@ -116,7 +116,7 @@ def test_replay_moving_state_is_restored_or_refused(kind):
     for every in (1, 1000):
         torch.manual_seed(0)
         model, (x, y) = Moving(kind), rows()
-        # The average moves with the whole batch before it is used: not a thing to cut.
+        # All rows: the average is taken over them, so they are not independent, which would be said
         opt = Sophia(model, lr=0.0, weight_decay=0.0, update_every=every, fraction=1.0)
 
         def run(model=model, opt=opt, x=x, y=y):

@@ -368,9 +368,10 @@ def test_the_proof_is_made_once_a_kind_of_input():
         return list(calls)
 
     x = torch.randn(16, 3)
-    assert forwards(x) == [16, 16, 2, 2]  # training; whole and part of the proof; the refresh
+    # training; the repetition; whole and part of the proof that rows are independent; the refresh
+    assert forwards(x) == [16, 16, 16, 2, 2]
     assert forwards(x) == [16, 2]
-    assert forwards(x, torch.ones(7)) == [16, 16, 2, 2]
+    assert forwards(x, torch.ones(7)) == [16, 16, 16, 2, 2]
     assert forwards(x, torch.ones(9)) == [16, 2]
     assert forwards(x, torch.ones(16)) == [16, 16, 2, 2]  # as long as the batch: it would be cut
 

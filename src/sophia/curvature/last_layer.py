@@ -81,6 +81,10 @@ def _candidates(model: nn.Module, classes: Collection[int]) -> list[nn.Linear]:
     if module_globals._global_forward_hooks or module_globals._global_backward_hooks:
         return []
     named = dict(model.named_modules())
+    # fully_shard leaves whole weights on its root after a forward (a proof's), and reduces what comes through
+    # the outputs alone.
+    if any(hasattr(module, "_get_fsdp_state") for module in named.values()):
+        return []
     compiled = [name for name, module in named.items() if _is_compiled(module)]
     return [
         module

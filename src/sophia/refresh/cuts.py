@@ -17,10 +17,10 @@ from sophia.checks import SophiaWarning
 from sophia.distributed.collectives import Ranks
 from sophia.refresh.division import Division, divisions_of
 from sophia.refresh.independence import awake, difference, held_still, kind_of_inputs
+from sophia.refresh.moved_state import same_state
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Recording
 from sophia.refresh.replay import RowsCannotBeTaken, usable
-from sophia.refresh.sandbox import same_buffers
 from sophia.refresh.seeds import generator
 
 __all__ = ["Cuts"]
@@ -157,7 +157,7 @@ class Cuts:
 
 
 class _Forward:
-    """The recorded forward, whole and in part, each from the same buffers: one that counts its calls is no
+    """The recorded forward, whole and in part, each from the same state: one that counts its calls is no
     dependence.
     """
 
@@ -183,6 +183,8 @@ class _Forward:
 
     def _run(self, part: Callable[[Any], Any]) -> Sequence[Tensor]:
         recorder, recording = self._recorder, self._recording
-        with recording.autocast.again(), same_buffers(recorder.model):
+        same = same_state(recorder.model, moving=recorder.witnesses.moving)
+        with recording.autocast.again(), same:
+            recording.conditions.begin_again(recorder.model)
             output = recorder.model(*part(recording.args), **part(dict(recording.kwargs)))
             return recorder.outputs_of(recording, output)

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sophia.distributed.shards import local
 from sophia.refresh.eager import eager
 
-__all__ = ["Still", "awake", "difference", "held_still", "kind_of_inputs"]
+__all__ = ["TOLERANCE", "Still", "awake", "difference", "held_still", "kind_of_inputs"]
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference over the largest output, by dtype: for another number of rows kernels sum in another
 order.
 """
@@ -75,7 +75,7 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str | Non
         if not a.numel() or not bool(a.isfinite().all()):
             continue  # nothing can be told from what is not finite; the pass itself will say so
         size, gap = float(a.abs().max()), float((a - b).abs().max())
-        if not gap <= _TOLERANCE.get(a.dtype, 1e-3) * size:
+        if not gap <= TOLERANCE.get(a.dtype, 1e-3) * size:
             return f"their outputs alone differ by {gap:.2g} from those in the batch, of size {size:.2g}"
     return None
 

@@ -30,6 +30,7 @@ from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
 from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
+from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hook import Hook
 from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs, own_gradient
@@ -76,7 +77,8 @@ class Recorder:
         self.active = False
         self.recordings: list[Recording] = []
         self.arrivals = Arrivals(self)
-        self._pending: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
+        self.witnesses = Witnesses(model)
+        self._pending: tuple[tuple[Any, ...], Mapping[str, Any], Any] | None = None
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
         self._checked: set[str] = set()  # heads whose loss has been compared with their likelihood
@@ -130,15 +132,16 @@ class Recorder:
             )
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
-        self._pending = (args, dict(kwargs))
+        self._pending = (args, dict(kwargs), self.witnesses.before(model, args, kwargs))
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: find the logits and listen to their gradient."""
         if self._pending is None or in_sandbox():
             return
-        (args, kwargs), self._pending = self._pending, None  # type: ignore[assignment]
+        (args, kwargs, noted), self._pending = self._pending, None  # type: ignore[assignment]
         device_type = next((p.device.type for p in model.parameters()), "cpu")
-        recording = Recording(args, kwargs, Autocast.now(device_type), ())
+        conditions = self.witnesses.after(model, noted, tensors_in(fields(output)))
+        recording = Recording(args, kwargs, Autocast.now(device_type), (), conditions)
         recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
         if not self._is_loss_alone(output):
             self._listen(recording, output)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from sophia.likelihoods import Head
+from sophia.refresh.conditions import Conditions
 from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
 from sophia.refresh.views import View
@@ -97,6 +98,8 @@ class Recording:
     autocast: Autocast
     outputs: tuple[Outputs, ...]
     """One for each head of the likelihood; from ``step()`` on also those that the loss used beside it."""
+    conditions: Conditions
+    """Under which it was run."""
     others: list[Other] = field(default_factory=list)
     """What else the model returned, until it is known whether the loss used it."""
     pairs: list[tuple[int, int]] = field(default_factory=list)

@@ -8,6 +8,7 @@ reason why there is none.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sophia.checks import SophiaWarning
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
 from sophia.distributed.agreement import Agreement
 from sophia.distributed.collectives import Ranks
@@ -23,6 +25,7 @@ from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
 from sophia.refresh.cuts import Cuts
 from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
+from sophia.refresh.proof import prove
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refusals import check_recorded
 from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose
@@ -84,6 +87,7 @@ class Refresher:
         single factor; and the predictions that the pass counted, over those of the whole step.
         """
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
+        self._said: set[str] = set()
 
     def replay(self, recorder: Recorder, parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
         """Estimate the curvature from the recorded forwards.
@@ -101,11 +105,14 @@ class Refresher:
         def chosen() -> Choice:
             return choose(recorder, fraction=self.fraction, key=key, division=division)
 
+        dropout, moving = seed_for(*key, "dropout"), recorder.witnesses.moving
         with (
-            sandbox(recorder.model, parameters, seed=seed_for(*key, "dropout")),
+            sandbox(recorder.model, parameters, seed=dropout, moving=moving),
             reducing(recorder.model),
         ):
             ranks.together(lambda: check_recorded(recorder, parameters, step))
+            for what, words in prove(recorder, parameters, ranks):
+                self._say(what, words)
             division = self.cuts.division(recorder, ranks, key)
             while True:
                 # All ranks choose before any runs: an error in the choice is raised on all, and none is left
@@ -143,6 +150,11 @@ class Refresher:
         factor = factor_of(scale, whole, grad_scaler(), micro_batches=choice.micro_batches)
         self.gradient_scale = 0.0 if scale is None else scale / factor
         return factor / ranks.size
+
+    def _say(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, SophiaWarning)
 
     @contextmanager
     def by_hand(

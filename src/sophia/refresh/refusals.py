@@ -26,6 +26,7 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
         )
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
+    check_own_parameters(recorder)
     recorder.other_outputs.settle(usable(recorder))
 
 
@@ -52,4 +53,17 @@ def check_no_gradients_of_rows(model: nn.Module) -> None:
             "nor noised and unknown to the privacy accountant, and would put gradients for sampled labels in "
             "the place of grad_sample. Use mode='manual', and renew h by opt.hessian_pass() on public data, "
             "with the model without its wrapper"
+        )
+
+
+def check_own_parameters(recorder: Recorder) -> None:
+    """Raise RuntimeError if a forward that counts did not run on the model's own parameters."""
+    others = max(recording.conditions.strangers(recorder.model) for recording in usable(recorder))
+    if others:
+        raise RuntimeError(
+            f"a training forward of {type(recorder.model).__name__} ran with other tensors in the place of "
+            f"{others} of its parameters (torch.func.functional_call: inner steps, perturbed or averaged "
+            "weights). Run again, it would go through the module's own, and h would be the curvature at "
+            "another point. Give functional_call the module's own parameters, or use mode='manual' and make "
+            "the same call inside opt.hessian_pass()"
         )

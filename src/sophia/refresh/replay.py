@@ -78,7 +78,8 @@ class Replay:
         return sum(self.counts)
 
     def forward(self) -> Any:
-        """Run the model on the recorded inputs, under the recorded autocast."""
+        """Run the model on the recorded inputs, under the recorded autocast, from the recorded state."""
+        self.recording.conditions.begin_again(self.recorder.model)
         if self.cut is None:
             with self.recording.autocast.again():
                 return self.recorder.model(*self.args, **self.kwargs)

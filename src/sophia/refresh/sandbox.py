@@ -2,21 +2,22 @@
 
 Inside, the ``.grad`` of every parameter of the model is free, another optimizer's too, gradients are on and
 dropout has its own noise. Afterwards ``.grad`` (the very same tensors), all buffers (BatchNorm statistics
-among them), and the global random generators of torch, Python and NumPy are bit for bit as before.
+among them), frozen parameters and attributes that a forward moves, and the global random generators of torch,
+Python and NumPy are bit for bit as before.
 """
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_sandbox", "same_buffers", "sandbox"]
+from sophia.refresh.moved_state import State
+from sophia.refresh.noise import Noise, cuda_devices
+
+__all__ = ["in_sandbox", "sandbox"]
 
 _depth = 0
 
@@ -34,6 +35,7 @@ def sandbox(
     seed: int,
     copies: bool = False,
     tensor_hooks: bool = False,
+    moving: Collection[int] = (),
 ) -> Iterator[None]:
     """Protect the training state; inside, torch's generators are seeded with ``seed``.
 
@@ -46,6 +48,7 @@ def sandbox(
         tensor_hooks: whether hooks on the parameters (``p.register_hook``) run inside. They belong to the
             training gradient: a recorder would be shown sampled ones, and what a hook makes of a gradient is
             not the curvature of the loss.
+        moving: modules, by id, that are known to move state in a forward.
     """
     # All of the model's: the pass goes through those of another optimizer too, and would add to their .grad.
     everyone = {id(p): p for p in (*parameters, *(() if model is None else model.parameters()))}
@@ -59,8 +62,10 @@ def sandbox(
             )
     saved = [parameter.grad for parameter in parameters]
     contents = [gradient.clone() if copies and gradient is not None else None for gradient in saved]
-    buffers = [] if model is None else _buffers(model)
-    cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    state = State(model, moving=moving)
+    modes = [] if model is None else [(module, module.training) for module in model.modules()]
+    cuda = cuda_devices(parameters)
+    noise = Noise(cuda)
     global _depth
     hooks = [] if tensor_hooks else [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
     for parameter, _ in hooks:
@@ -69,7 +74,7 @@ def sandbox(
         parameter.grad = None
     _depth += 1
     try:
-        with _python_and_numpy_random(), torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        with torch.enable_grad():
             # Not torch.manual_seed: it would also seed devices that are not restored.
             torch.default_generator.manual_seed(seed)
             for index in cuda:
@@ -77,6 +82,7 @@ def sandbox(
             yield
     finally:
         _depth -= 1
+        noise.restore()
         for parameter, listening in hooks:
             parameter._backward_hooks = listening
         for parameter, gradient, content in zip(parameters, saved, contents, strict=True):
@@ -84,51 +90,6 @@ def sandbox(
             if gradient is not None and content is not None:
                 with torch.no_grad():
                     gradient.copy_(content)
-        for module, name, tensor, copy in buffers:
-            _restore(module, name, tensor, copy)
-
-
-@contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """The buffers of a model are as before, afterwards."""
-    buffers = _buffers(model)
-    try:
-        yield
-    finally:
-        for module, name, tensor, copy in buffers:
-            _restore(module, name, tensor, copy)
-
-
-_Buffer = tuple[nn.Module, str, Tensor, Tensor]
-
-
-def _buffers(model: nn.Module) -> list[_Buffer]:
-    return [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-
-def _restore(module: nn.Module, name: str, tensor: Tensor, copy: Tensor) -> None:
-    if module._buffers.get(name) is not tensor:
-        module._buffers[name] = tensor
-    # Compared, not asked for its version: BatchNorm's kernels write without counting. And written to only if
-    # it differs, as a graph that is still alive may have saved it.
-    if not torch.equal(tensor, copy):
-        with torch.no_grad():
-            tensor.copy_(copy)
-
-
-@contextmanager
-def _python_and_numpy_random() -> Iterator[None]:
-    python = random.getstate()
-    numpy: Any = sys.modules.get("numpy.random")  # only if somebody imported it: torch does not need it
-    state = None if numpy is None else numpy.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        if state is not None:
-            numpy.set_state(state)
+        for module, training in modes:
+            module.training = training
+        state.restore()
