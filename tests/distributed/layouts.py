@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sophia import Sophia
 from sophia.likelihoods import Categorical
-from tiny import GPT, LabelsFromLogits, data, estimate_in_state, oracle
+from tiny import GPT, LabelsFromLogits, data, estimate_in_state, oracle, weights_in_means
 
 ROWS = 16
 
@@ -89,11 +89,19 @@ def flat(**settings):
 # ---- what came out ----
 
 
-def compare(model, opt, *, padded=True, mask=None, whole=None):
-    """Distance of the estimate in the state from one process's, over all coordinates together."""
+def compare(model, opt, *, means=None, summed=False, whole=None):
+    """Distance of the estimate in the state from one process's, over all coordinates together.
+
+    ``means``: in how many equal parts of the rows the loss was averaged, each by itself; their mean is the
+    loss that was trained, or their sum. None: a mean over all predictions.
+    """
     reference = GPT()
-    x, y = data(ROWS, padded=padded)
-    expected, count = oracle(reference, x, (y >= 0) if mask is None else mask, likelihood=opt.likelihood)
+    x, y = data(ROWS, padded=True)
+    mask = y >= 0
+    weights = None
+    if means is not None:
+        weights = (weights_in_means(mask, ROWS // means) / (1 if summed else means))[mask].float()
+    expected, count = oracle(reference, x, mask, likelihood=opt.likelihood, weights=weights)
     estimates = {id(p): e for p, e in estimate_in_state(opt).items()}
     names = {clean(name): p for name, p in model.named_parameters()}
     wrong = size = 0.0
@@ -185,8 +193,13 @@ def without_sync(model):
             yield
 
 
-def report(model, opt, *, accumulate=False, whole=None, steps=4):
-    """Train for a few steps: error of the first estimate, its count, and what must be equal."""
+def report(model, opt, *, accumulate=False, summed=False, read=True, whole=None, steps=4):
+    """Train for a few steps: error of the first estimate, its count, and what must be equal.
+
+    ``read``: whether the weights of the predictions can be read; they are not where the loss is inside a
+    compiled graph.
+    """
+    means = dist.get_world_size() * (2 if accumulate else 1) if read else None
     x, y, _ = share()
     result = {}
     for i in range(steps):
@@ -200,7 +213,7 @@ def report(model, opt, *, accumulate=False, whole=None, steps=4):
             model(x, y)[1].backward()
         untouched = step_and_watch(model, opt)
         if i == 0:
-            result["error"], result["true_B"] = compare(model, opt, whole=whole)
+            result["error"], result["true_B"] = compare(model, opt, means=means, summed=summed, whole=whole)
             result["B"] = opt.stats()["B"]
             result["untouched"] = untouched
     result["equal"] = equal_on_all_ranks(

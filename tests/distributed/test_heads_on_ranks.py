@@ -40,7 +40,10 @@ def h(model, rows, group):
     )
     output = model(x[rows])
     valued = torch.arange(8)[rows] >= 5
-    loss = F.cross_entropy(output["logits"], y[rows]) + 0 * output["value"].sum()
+    # The mean over all rows, as a mean over the ranks.
+    ranks = 2 if group is None else 1
+    loss = F.cross_entropy(output["logits"], y[rows], reduction="sum") * ranks / 8
+    loss = loss + 0 * output["value"].sum()
     (loss + output["value"][valued].square().sum()).backward()
     opt.step()
     return torch.cat([opt.state[p]["hessian"].flatten() for p in model.parameters()]), opt.stats()["B"]

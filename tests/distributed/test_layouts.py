@@ -79,7 +79,7 @@ def over_shards(kind, settings, order="after", accumulate=False, prepare=None):
         if prepare is not None:
             prepare(model)
         opt = sophia(model, likelihood=likelihood)
-    result = report(model, opt, accumulate=accumulate)
+    result = report(model, opt, accumulate=accumulate, summed=prepare is sum_instead_of_mean)
     result["sharded"] = all(
         type(t) is type(p) is not torch.Tensor and t.placements == p.placements
         for p in model.parameters()
@@ -161,7 +161,7 @@ def over_other(kind):
         for block in model.blocks:
             block.compile(backend="aot_eager")
         layouts.wrap(model, "sharded")
-    return report(model, sophia(model))
+    return report(model, sophia(model), read=kind != "compiled DDP")
 
 
 OTHERS = [

@@ -21,11 +21,11 @@ from sophia.distributed.shards import local
 from tiny import GPT, data, estimate_in_state, relative_error
 
 
-def first_step(model, opt, x, y):
+def first_step(model, opt, x, y, means=2):
     opt.zero_grad()
     model(x, y)[1].backward()
     opt.step()
-    return compare(model, opt)[0], opt.stats()["B"]
+    return compare(model, opt, means=means)[0], opt.stats()["B"]
 
 
 # ---- process groups ----
@@ -90,7 +90,7 @@ def over_tensors():
     model = tensor_parallel(init_device_mesh("cpu", (2,)))
     x, y = data(layouts.ROWS, padded=True)
     opt = sophia(model, process_group=False)
-    error, count = first_step(model, opt, x, y)
+    error, count = first_step(model, opt, x, y, means=1)
     for _ in range(2):
         opt.zero_grad()
         model(x, y)[1].backward()
@@ -142,6 +142,31 @@ def test_tensor_parallel_under_fully_shard():
         assert error < 1e-5
         assert count == 191
     assert [number for _, _, number in results] == [0, 0, 1, 1]
+
+
+# ---- what happens to .grad ----
+
+
+def clipped_and_divided(kind, divisor):
+    """A host that divides by the number of tokens, and a loop that clips."""
+    x, y, _ = share()
+    model = layouts.sharded() if kind == "shards" else DistributedDataParallel(GPT())
+    opt = sophia(model)
+    (model(x, y)[1] * divisor).backward()
+    for p in model.parameters():
+        p.grad.div_(divisor)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    opt.step()
+    return float(plain(norm)), opt.stats()["gradient_scale"], compare(model, opt, means=2)[0]
+
+
+@pytest.mark.parametrize("divisor", [1.0, 500.0])
+@pytest.mark.parametrize("kind", ["ddp", "shards"])
+def test_the_scale_of_gradients_on_ranks(kind, divisor):
+    """Measured against the gradients of this rank alone, before the wrapper had reduced them: no factor."""
+    for norm, scale, error in teams.run(2, clipped_and_divided, kind=kind, divisor=divisor):
+        assert scale == pytest.approx(0.1 / norm, rel=1e-3)
+        assert error < 1e-5
 
 
 # ---- estimators ----

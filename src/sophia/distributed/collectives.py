@@ -62,6 +62,14 @@ class Ranks:
         return size
 
     @property
+    def divisor(self) -> float:
+        """What the wrapper divides the sum of the ranks' gradients by, to leave it in ``.grad``: their
+        number, unless a factor of the user's own was read from it.
+        """
+        read = set(self.wrapping.multipliers.values())
+        return read.pop() if len(read) == 1 else float(self.size)
+
+    @property
     def lockstep(self) -> bool:
         """Whether forward and backward themselves wait for other ranks: then one rank cannot leave them
         alone.

@@ -19,14 +19,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sophia.distributed.shards import is_dtensor
 
-__all__ = ["Wrapping", "full_shapes", "reducing", "unwrapped", "wrapping_of"]
+__all__ = ["Wrapping", "full_shapes", "reducing", "reshard", "unwrapped", "wrapping_of"]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -244,6 +244,17 @@ def reducing(model: nn.Module | None) -> Iterator[None]:
         for group, values in zip(groups, saved, strict=True):
             for name, value in zip(names, values, strict=True):
                 setattr(group, name, value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole parameters that a forward without a backward leaves with ``fully_shard``.
+
+    The next forward would use them: it would not see what was written into the shards meanwhile, and its
+    rounding would tell whether there had been such a forward.
+    """
+    for module in model.modules():
+        if _fsdp2_groups(module):
+            cast("Any", module).reshard()
 
 
 def _waits(parameter: Any) -> bool:

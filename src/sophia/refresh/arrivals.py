@@ -88,7 +88,8 @@ class Arrivals:
             self.drop_thrown_away(but=recording)
             try:
                 engine: Any = torch.autograd.Variable._execution_engine
-                engine.queue_callback(self._end)
+                # After those that wrappers queue during the backward, as DDP does to finish its reduction.
+                engine.queue_callback(lambda: engine.queue_callback(self._end))
             except RuntimeError:
                 pass  # a compiled backward: its gradients are not followed
         recording.reached = True

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sophia.checks import SophiaWarning
 from sophia.distributed.collectives import Ranks
+from sophia.distributed.wrappers import reshard
 from sophia.refresh.division import Division, divisions_of
 from sophia.refresh.independence import awake, difference, held_still, kind_of_inputs
 from sophia.refresh.moved_state import same_state
@@ -106,7 +107,10 @@ class Cuts:
                 reasons.append(reason or "on another rank")
                 if not ranks.any_of(reason is not None)[0]:
                     self.proved[kind] = None if division is None else place
-                    return []
+                    reasons = []
+                    break
+        if runs:
+            reshard(recorder.model)
         return reasons
 
     def _dependence(

@@ -143,13 +143,13 @@ class Refresher:
                     parameter.grad = None
 
     def _factor(self, choice: Choice, scale: float | None, ranks: Ranks) -> float:
-        """From the weights that were read to those of the gradient in ``.grad``: the mean over the ranks, and
+        """From the weights that were read to those of the gradient in ``.grad``: its mean over the ranks, and
         what was done to it since the backward.
         """
-        whole = ranks.total(sum(weight for weight in choice.weights if weight is not None)) / ranks.size
+        whole = ranks.total(sum(weight for weight in choice.weights if weight is not None)) / ranks.divisor
         factor = factor_of(scale, whole, grad_scaler(), micro_batches=choice.micro_batches)
         self.gradient_scale = 0.0 if scale is None else scale / factor
-        return factor / ranks.size
+        return factor / ranks.divisor
 
     def _say(self, key: str, message: str) -> None:
         if key not in self._said:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
+from sophia.distributed.wrappers import reshard
 from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import (
@@ -319,6 +320,7 @@ def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -
             output = recorder.model(*args, **kwargs)
         logits = recorder.find_outputs(output)[recorder.heads.index(part.head)]
         by_loss = shift_by_loss(args, kwargs, logits.detach(), find_loss(output))
+        reshard(recorder.model)
         recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
     return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sophia import numerics
 from sophia.lab.jobs import compare, reuse
 from sophia.lab.jobs.train import train_one
 from sophia.lab.optimizers import table
@@ -20,6 +21,9 @@ from sophia.lab.training.loop import train
 from sophia.lab.training.run_folder import Record
 
 RESULTS = Path(__file__).parents[3] / "results"
+
+
+TODAY = numerics.words(numerics.versions("gnb"))
 
 
 def copy_of(name, tmp_path):
@@ -41,23 +45,24 @@ def protocol_of(folder):
 
 def test_the_record_of_older_numbers_is_not_todays_verdict(tmp_path):
     """Else `sophia compare` would repeat a verdict that today's code does not give."""
-    folder = copy_of("quick", tmp_path)
+    folder = copy_of("million", tmp_path)
     with pytest.raises(UsageError) as refused:
-        compare.compare(protocol_file.chosen("quick", None), out=folder, console=console())
-    said = "4 of 8 runs were made by other code (6c421e1, numerics gnb 1; today gnb 2)"
+        compare.compare(protocol_of(folder), out=folder, console=console())
+    said = f"18 of 54 runs were made by other code (9 of sophia-g: 0ed5c93, numerics gnb 1; today {TODAY}"
     assert said in str(refused.value)
     assert "another folder with --out" in str(refused.value)
     shown = console()
     compare.show(folder, shown)
     out = shown.file.getvalue()
     assert out.index(said) < out.index("slower than adamw"), "before the verdict"
-    assert "What is said of sophia-g is about that code" in out
+    assert "What is said of sophia-g and sophia-h is about that code" in out
     page = (folder / "report.html").read_text()
     assert page.index(said) < page.index('class="verdicts"')
 
 
-def test_older_names_with_todays_numbers_are_said_to_be_that(tmp_path):
+def test_older_names_with_todays_numbers_are_said_to_be_that(tmp_path, monkeypatch):
     """Else runs of today's numbers would be called stale because of their names."""
+    monkeypatch.setitem(numerics.VERSIONS, "gnb", 2)  # the record's
     folder = copy_of("schedule-cosine", tmp_path)
     with pytest.raises(UsageError, match=r"today's \(gnb 2\), so nothing is to be done again"):
         compare.compare(protocol_of(folder), out=folder, console=console())
@@ -93,7 +98,7 @@ def test_a_result_says_what_made_it(begun):
     """Else nobody could tell which code and which path of the step a number is of."""
     folder, (adamw, sophia_g) = begun
     environment = Record(folder / "runs", sophia_g).result()["environment"]
-    assert environment["numerics"] == "gnb 2, paper 1"
+    assert environment["numerics"] == f"{TODAY}, paper 1"
     assert environment["kernels"] in ("fused_cpu", "foreach")
     assert len(environment["fingerprint"]) == 5
     environment = Record(folder / "runs", adamw).result()["environment"]
@@ -147,13 +152,13 @@ def test_train_and_compare_look_before_they_count_a_run_as_ended(begun, text_fil
 def test_a_run_of_other_numbers_has_another_name(begun, ids):
     """Else the second would get the result of the first, or a half-done one go on with other numbers."""
     folder, (_, run) = begun
-    assert run.optimizer.numerics == "gnb 2"
-    assert to_json(run)["optimizer"]["numerics"] == "gnb 2"
+    assert run.optimizer.numerics == TODAY
+    assert to_json(run)["optimizer"]["numerics"] == TODAY
     older = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, numerics=""))
     assert older.hash != run.hash
     assert "numerics" not in to_json(older)["optimizer"], "first versions keep the names of their runs"
     with pytest.raises(
-        LabError, match="planned with the numerics of all first versions, and now they are gnb 2"
+        LabError, match=f"planned with the numerics of all first versions, and now they are {TODAY}"
     ):
         table.of(older.optimizer)
     with pytest.raises(LabError, match="Going on would mix two optimizers"):

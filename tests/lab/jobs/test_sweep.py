@@ -7,6 +7,7 @@ from rich.console import Console
 
 pytest.importorskip("optuna")
 
+from sophia import numerics
 from sophia.lab import cli
 from sophia.lab.config.protocol_parts import Search
 from sophia.lab.config.run import Data
@@ -152,7 +153,7 @@ def test_a_sweep_of_other_numbers_does_not_go_on(text_file, tmp_path, monkeypatc
             sweep.sweep(protocol, **arguments)
     path = tmp_path / "s" / "sweep.json"
     content = json.loads(path.read_text())
-    assert content.pop("numerics") == {"sophia-g": "gnb 2"}
+    assert content.pop("numerics") == {"sophia-g": numerics.words(numerics.versions("gnb"))}
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError, match="another sweep: it differs in numerics"):
         sweep.sweep(protocol, **arguments)
