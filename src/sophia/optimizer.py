@@ -306,6 +306,7 @@ class Sophia(torch.optim.Optimizer):
     def _listen(self) -> None:
         if self._recorder is not None:
             self._recorder.active = any(is_due(g["step"], g["update_every"]) for g in self.param_groups)
+            self._recorder.maximize = all(g["maximize"] for g in self.param_groups)
 
     # ---- the step ----
 

@@ -317,7 +317,7 @@ def test_wrong_use_says_what_to_write(name, more, text, module, capsys):
 WRONG = [
     ("wrapper", [], "ran no forward in training mode"),
     ("fused", [], "cannot find logits in the output of Fused (dict)"),
-    ("regression", [], "Sophia warns: the gradient of your loss in the output of Net is not that of a cross"),
+    ("regression", [], "the gradient of your loss in the output of Net is not that of a mean or weighted"),
     ("by_function", ["--optimizer", "subject_of_the_test:late"], "renewed on the steps [3, 7, 11, 15, 19]"),
     ("by_function", ["--optimizer", "subject_of_the_test:still"], "it does not fall"),
 ]  # fmt: skip

@@ -272,17 +272,29 @@ def test_counting_everything_is_said():
         opt.step()
 
 
-def test_a_loss_that_is_no_cross_entropy_is_said():
-    """likelihood='categorical' on a regression samples classes that do not exist."""
+def test_a_loss_that_is_no_cross_entropy_is_refused_at_the_step():
+    """likelihood='categorical' on a regression samples classes that do not exist; the user's own backward is
+    left alone.
+    """
     model, (x, _) = Bare(), data(4)
     opt = Sophia(model)
-    loss = model(x).square().mean()
-    with pytest.warns(
-        SophiaWarning,
-        match=r"not that of a cross-entropy: over the classes it sums to \d+% of its size instead of 0",
-    ):
-        loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    model(x).square().mean().backward()
+    with pytest.raises(RuntimeError, match=r"cross-entropy: over the classes it sums to [\d.]+ of"):
+        opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_changes_its_kind_later_ends_no_training():
+    """An error a thousand steps into a run."""
+    model, (x, y) = Bare(), data(4)
+    opt = Sophia(model, update_every=1)
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     opt.step()
+    opt.zero_grad()
+    model(x).square().mean().backward()
+    with pytest.warns(SophiaWarning, match="instead of 0"):
+        opt.step()
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])

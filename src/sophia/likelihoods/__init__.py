@@ -12,6 +12,12 @@ categorical   classes
 sampling      drawing them, and a gradient told by its few entries
 elementwise   yes or no, real numbers, counts
 heads         several outputs, each with its likelihood and weight
+weights       of each prediction of classes, read from the gradient of the user's loss
+lines         the fits behind that
+soft_targets  the same where a teacher gives every class a part
+elements      the same for one number a prediction
+evidence      what is known of gradients that do not fit
+problems      what a loss seems to be that is not the likelihood's: a table of causes
 """
 
 from __future__ import annotations
@@ -20,7 +26,9 @@ from sophia.likelihoods.categorical import Categorical
 from sophia.likelihoods.elementwise import Bernoulli, Gaussian, Poisson
 from sophia.likelihoods.heads import Head, Heads, heads_of
 from sophia.likelihoods.likelihood import Likelihood
+from sophia.likelihoods.problems import Problem
 from sophia.likelihoods.sampling import inverse_cdf
+from sophia.likelihoods.weights import Reading
 
 __all__ = [
     "Bernoulli",
@@ -30,6 +38,8 @@ __all__ = [
     "Heads",
     "Likelihood",
     "Poisson",
+    "Problem",
+    "Reading",
     "heads_of",
     "inverse_cdf",
     "likelihood_named",

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sophia.likelihoods.elements import Kept, kept_of, read_counts, read_squares, read_yes_or_no
 from sophia.likelihoods.likelihood import Likelihood
 from sophia.likelihoods.sampling import at_least_float32
-from sophia.likelihoods.weights import Reading, read_yes_or_no
+from sophia.likelihoods.weights import Reading
 
 __all__ = ["Bernoulli", "Gaussian", "Poisson"]
 
@@ -78,6 +79,14 @@ class Gaussian(Likelihood):
             z = torch.randn(outputs.shape, dtype=dtype, device=outputs.device, generator=generator)
             return (z * mask).mul_(-scale / self._now()).to(outputs.dtype)
 
+    def probes(self, outputs: Tensor) -> Kept:
+        """Some of the outputs."""
+        return kept_of(outputs)
+
+    def weights(self, gradient: Tensor, probes: Kept, counted: Tensor) -> Reading:
+        """None are read: any weight goes with some target. Absolute errors are told."""
+        return read_squares(gradient, probes, counted)
+
     def output_curvature(self, outputs: Tensor) -> Tensor:
         """``1 / sigma^2`` for each element."""
         return torch.ones_like(outputs) / self._now() ** 2
@@ -101,6 +110,14 @@ class Poisson(Likelihood):
             # torch.poisson refuses NaN; like everywhere, it must come out of the pass and be skipped there.
             drawn = torch.poisson(rate.nan_to_num(0.0, posinf=0.0), generator=generator)
             return ((rate - drawn) * (scale * mask)).to(outputs.dtype)
+
+    def probes(self, outputs: Tensor) -> Kept:
+        """Some of the outputs."""
+        return kept_of(outputs)
+
+    def weights(self, gradient: Tensor, probes: Kept, counted: Tensor) -> Reading:
+        """The one under which the targets are whole numbers."""
+        return read_counts(gradient, probes, counted)
 
     def output_curvature(self, outputs: Tensor) -> Tensor:
         """``exp(output)`` for each element."""

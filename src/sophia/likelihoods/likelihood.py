@@ -80,9 +80,3 @@ class Likelihood(abc.ABC):
         What is not read is taken for a mean over the predictions: each weighs 1 / B.
         """
         return Reading(None)
-
-    def mismatch(self, gradient: Tensor) -> float:
-        """How unlike this likelihood's the gradient of the user's loss in the outputs is: 0 fits, 1 does
-        not.
-        """
-        return 0.0

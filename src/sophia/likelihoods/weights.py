@@ -14,15 +14,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sophia.likelihoods.evidence import Evidence
+from sophia.likelihoods.lines import (
+    FEW,
+    TOLERANCE,
+    common_offsets,
+    digits,
+    lines_of_labels,
+    lines_through_zero,
+    own_lines,
+    shared_line,
+)
+from sophia.likelihoods.problems import Problem, find_problem, of_own_probability, one_column, signs
 from sophia.likelihoods.sampling import rows_per_chunk
+from sophia.likelihoods.soft_targets import soft_weights
 
-__all__ = ["Probes", "Reading", "probes_of", "read_weights", "read_yes_or_no"]
+__all__ = ["Probes", "Reading", "probes_of", "read_weights"]
 
 PROBES = 32
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""How far a gradient may lie off the line, in units of what the line says."""
-_SMALLEST = {torch.float16: 2e-6}  # below it a gradient in this dtype has lost its digits
-_LEAST_SHARE = 0.7  # of the probes, that must lie on the line: a label, or two, do not
+_WHOLE = 2**16  # entries that are kept of whole outputs
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,10 @@ class Probes:
     """Theirs, float32."""
     total: Tensor
     """Logarithm of the sum of exponentials, ``(N,)``: zero if the outputs are log-probabilities already."""
+    some: Tensor
+    """Numbers of a few predictions, ``(s,)``."""
+    outputs: Tensor
+    """Their whole outputs, ``(s, V)``, float32: of these it is asked what the loss is if no cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,8 @@ class Reading:
 
     weights: Tensor | None
     """One a prediction, float32, of the shape of the mask; None where the gradient is no line in p."""
-    problem: str | None = None
-    """What the loss seems to be if it is no weighted cross-entropy, and what to do then."""
+    problem: Problem | None = None
+    """What the loss seems to be if it is not the likelihood's, and what to do then."""
 
 
 def probes_of(outputs: Tensor) -> Probes:
@@ -67,10 +81,13 @@ def probes_of(outputs: Tensor) -> Probes:
         picked.append(chosen)
         values.append((z.gather(1, chosen) - total).exp_())
         totals.append(total.squeeze(1))
+    number = min(len(logits), max(1, min(64, _WHOLE // max(1, classes))))
+    some = torch.linspace(0, max(0, len(logits) - 1), number, device=logits.device).long()
+    whole = logits[some].to(wide)
     if not picked:
         empty = logits.new_zeros((0, 1), dtype=wide)
-        return Probes(empty.long(), empty, empty.squeeze(1))
-    return Probes(torch.cat(picked), torch.cat(values), torch.cat(totals))
+        return Probes(empty.long(), empty, empty.squeeze(1), some, whole)
+    return Probes(torch.cat(picked), torch.cat(values), torch.cat(totals), some, whole)
 
 
 def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
@@ -82,136 +99,71 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
         counted: which predictions count, bool.
     """
     flat, mask = gradient.detach().reshape(-1, gradient.shape[-1]), counted.reshape(-1)
+    if flat.shape[-1] == 1:
+        return Reading(None, one_column())
     weights = torch.zeros(mask.shape, dtype=probes.probabilities.dtype, device=gradient.device)
     rows = mask.nonzero().squeeze(1)
     if not len(rows):
         return Reading(weights.view(counted.shape))
-    if bool((probes.total[rows].abs() < 1e-3).all()):
-        # Log-probabilities, and a loss that takes some of them: its gradient says the weight itself.
-        sums = flat[rows].sum(-1, dtype=weights.dtype)
-        if bool((sums < 0).all()):
-            weights[rows] = -sums
-            return Reading(weights.view(counted.shape))
+    dtype = digits(gradient)
     g = flat.gather(1, probes.classes)[rows].to(weights.dtype)
     p = probes.probabilities[rows]
-    found, good = _lines(g, p, gradient.dtype)
-    one = _shared_line(g, p, gradient.dtype) if g.shape[1] <= 3 else None
-    if one is not None:
-        found, good = torch.full_like(found, one), torch.ones_like(good)
+    if not bool(g.isfinite().all() & p.isfinite().all()):
+        return Reading(None)  # of that the refresh speaks
+    found, good = _of_log_probabilities(flat[rows], probes.total[rows]) or _on_lines(g, p, dtype)
     if float(good.float().mean()) < 0.9:
-        return Reading(None, _temperature(g, p, gradient.dtype))
-    if bool((found[good] < 0).any()):
-        share = float((found[good] < 0).float().mean())
-        return Reading(
-            None,
-            f"{share:.0%} of its predictions have a negative weight (advantages of both signs, a pair of "
-            "losses with a minus between them, unlikelihood): such a loss is no likelihood and has no "
-            "Gauss-Newton curvature. Use mode='manual' with opt.hessian_pass(), or estimator='hutchinson'",
-        )
+        off = rows[~good]
+        evidence = Evidence.of(flat, g[~good], p[~good], probes, mask, off, dtype)
+        if evidence.is_noise(len(rows)):
+            return Reading(None)
+        problem = find_problem(evidence)
+        if problem is not None:
+            return Reading(None, problem)
+        soft, problem = soft_weights(g, p, dtype)
+        if soft is None:  # those of a mean, which is what is taken for unread ones, or a problem
+            return Reading(None, problem)
+        found, good = soft, torch.ones_like(good)
+    negative = float((found[good] < 0).float().mean())
+    if negative:
+        return Reading(None, signs(negative))
     # A prediction whose gradient has underflowed says nothing of itself.
     middle = found[good].median()
     found = torch.where(good, found, middle)
     # Weights that differ by no more than they are known by are one.
-    if bool(((found - middle).abs() <= 2 * _TOLERANCE.get(gradient.dtype, 1e-3) * middle.abs()).all()):
+    if bool(((found - middle).abs() <= 2 * TOLERANCE.get(dtype, 1e-3) * middle.abs()).all()):
         found = middle
     weights[rows] = found
-    return Reading(weights.view(counted.shape))
+    problem = of_own_probability(flat, p, weights, rows) if found.ndim else None
+    return Reading(weights.view(counted.shape), problem)
 
 
-def read_yes_or_no(gradient: Tensor, probabilities: Tensor, counted: Tensor) -> Reading:
-    """The weights of the elements of a binary cross-entropy: the gradient is ``w (p - y)``, y 0 or 1.
-
-    Smoothed labels lie on two lines of one slope; then that is the weight of all.
+def _of_log_probabilities(g: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Outputs that are log-probabilities, and a loss that takes some of them: its gradient says the weight
+    itself, of either sign. None for other outputs and losses.
     """
-    g, p = gradient.detach().to(probabilities.dtype)[counted], probabilities[counted]
-    weights = torch.zeros_like(probabilities)
-    each = torch.where(g > 0, g / p.clamp(min=1e-30), -g / (1 - p).clamp(min=1e-12))
-    slopes = []
-    for part in (g > 0, g < 0):
-        if int(part.sum()) >= 4:
-            line, rest = _fitted(p[part][None], g[part][None])
-            bound = 3 * _TOLERANCE.get(gradient.dtype, 1e-3) * float(g[part].abs().max())
-            slopes.append(float(line) if float(rest.abs().max()) <= bound else torch.nan)
-    if slopes and min(slopes) > 0 and max(slopes) < 1.01 * min(slopes):
-        each = torch.full_like(each, sum(slopes) / len(slopes))
-    weights[counted] = each
-    return Reading(weights)
-
-
-def _lines(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Slope of g over p for each row ``(n, k)``, and whether the points lie on a line, the labels' aside."""
-    slope, good = _rising_lines(g, p, dtype)
-    falling, fits = _rising_lines(-g, p, dtype)
-    fits = fits & ~good & (g.shape[1] > 2)  # of two classes either may be the label
-    return torch.where(fits, -falling, slope), good | fits
-
-
-def _rising_lines(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    tolerance, smallest = _TOLERANCE.get(dtype, 1e-3), _SMALLEST.get(dtype, 0.0)
-    # Without smoothing all classes but the label's lie on g = w p, and it alone on g = w (p - 1).
-    each = torch.where(g < 0, -g / (1 - p).clamp(min=1e-12), g / p.clamp(min=1e-30))
-    slope = each.masked_fill(g.abs() <= smallest, torch.nan).nanmedian(1).values
-    off = torch.minimum((g - slope[:, None] * p).abs(), (g - slope[:, None] * (p - 1)).abs())
-    slack = tolerance * g.abs() + smallest
-    good = _most(off <= slack, g.shape[1]) & slope.isfinite() & ((g < -slack).sum(1) <= 2)
-    if g.shape[1] <= 3:
-        return slope, good
-    order = g.argsort(1)
-    for labels in (1, 2):  # the lowest are the labels'
-        kept = order[:, labels:]
-        x, y = p.gather(1, kept), g.gather(1, kept)
-        line, rest = _fitted(x, y)
-        # Beside a class of large probability the others are known to the digits of that one.
-        rounding = 1e-6 * y.abs().amax(1, keepdim=True)
-        bound = tolerance * torch.maximum(y.abs(), (line[:, None] * x).abs()) + smallest + rounding
-        fits = _most(rest.abs() <= bound, x.shape[1]) & ~good & (line > 0)
-        slope, good = torch.where(fits, line, slope), good | fits
-    return slope, good
-
-
-def _shared_line(g: Tensor, p: Tensor, dtype: torch.dtype) -> float | None:
-    """The one slope of all predictions, for so few classes that a row alone cannot tell a weight from a
-    smoothed label; None where they do not share one.
-    """
-    if len(g) < 8:
+    if not bool((total.abs() < 1e-3).all()):
         return None
-    order = g.argsort(1)[:, 1:]
-    x, y = p.gather(1, order).reshape(1, -1), g.gather(1, order).reshape(1, -1)
-    line, rest = _fitted(x, y)
-    slope, bound = float(line), 3 * _TOLERANCE.get(dtype, 1e-3) * float(y.abs().max())
-    return slope if slope > 0 and float(rest.abs().max()) <= bound else None
-
-
-def _fitted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of least squares for each row, and what is left."""
-    dx, dy = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    line = (dx * dy).sum(1) / dx.square().sum(1).clamp(min=1e-30)
-    return line, dy - line[:, None] * dx
-
-
-def _most(on_line: Tensor, points: int) -> Tensor:
-    """Whether all points but a label's, of few, or most, of many, lie on the line."""
-    least = max(points - 1, 1) if points <= 4 else int(_LEAST_SHARE * points)
-    return on_line.sum(1) >= least
-
-
-def _temperature(g: Tensor, p: Tensor, dtype: torch.dtype) -> str | None:
-    """Whether the gradient is that of a cross-entropy of ``logits / T``: its logarithm is a line in log p."""
-    positive = (g > 4 * _SMALLEST.get(dtype, 0.0)) & (p > 0)
-    if int(positive.sum(1).median()) < 3:
+    sums = g.sum(-1, dtype=total.dtype)
+    if not bool((sums.abs() > 0.5 * g.abs().sum(-1, dtype=total.dtype)).all()):
         return None
-    nan = torch.nan
-    x, y = (
-        p.clamp(min=1e-30).log().masked_fill(~positive, nan),
-        g.clamp(min=1e-30).log().masked_fill(~positive, nan),
-    )
-    dx, dy = x - x.nanmean(1, keepdim=True), y - y.nanmean(1, keepdim=True)
-    slopes = (dx * dy).nansum(1) / dx.square().nansum(1).clamp(min=1e-30)
-    slope = float(slopes.median())
-    rest = (dy - slopes[:, None] * dx).abs().nan_to_num(0.0).amax(1)
-    if not (float(rest.median()) < 10 * _TOLERANCE.get(dtype, 1e-3) and abs(slope - 1) > 0.02 and slope > 0):
-        return None
-    return (
-        f"it is a cross-entropy of the outputs divided by {1 / slope:.3g}, a temperature outside the model. "
-        f"Pass logits_fn=, a function from the output to the logits / {1 / slope:.3g}"
-    )
+    return -sums, torch.ones_like(sums, dtype=torch.bool)
+
+
+def _on_lines(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Slopes, and which predictions fit."""
+    if g.shape[1] <= FEW:
+        one = shared_line(g, p, dtype)
+        if one is not None:
+            return torch.full_like(g[:, 0], one), torch.ones_like(g[:, 0], dtype=torch.bool)
+        of_labels = lines_of_labels(g, p, dtype)
+        if of_labels is not None:
+            return of_labels
+    hard = lines_through_zero(g, p, dtype)
+    if float(hard[1].float().mean()) >= 0.9:
+        return hard
+    # Smoothed: together the predictions tell more than each alone.
+    fixed = slice(None) if g.shape[1] < PROBES else slice(0, PROBES - 1)  # the last is each one's best
+    common = common_offsets(g[:, fixed], p[:, fixed], dtype)
+    if common is not None and float(common[1].float().mean()) >= 0.9:
+        return common
+    return own_lines(g, p, dtype)

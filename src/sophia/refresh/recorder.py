@@ -14,7 +14,6 @@ hooks that do nothing.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 # torch.compiler.disable is the same, but imports the compiler as soon as this file is read.
 from torch._compile import _disable_dynamo as untraced
 
-from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
 from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
@@ -81,8 +79,8 @@ class Recorder:
         self._pending: tuple[tuple[Any, ...], Mapping[str, Any], Any] | None = None
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
-        self._checked: set[str] = set()  # heads whose loss has been compared with their likelihood
-        self._said: set[tuple[str, str]] = set()
+        self.maximize = False
+        """Whether the loss is to be maximised: then its gradient is minus that of a likelihood's."""
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
             model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
@@ -213,11 +211,18 @@ class Recorder:
                 else ("logits", "the logits")
             )
             raise RuntimeError(
-                f"cannot find {what} in the output of {name} ({type(output).__name__}); pass logits_fn=, a "
-                f"function from the output to {example}. A model with a fused linear cross-entropy returns "
-                "none: build them from its hidden states (logits_fn=lambda output: "
+                f"cannot find {what} in the output of {name} ({type(output).__name__}){_names_in(output)}; "
+                f"pass logits_fn=, a function from the output to {example}. A model with a fused linear "
+                "cross-entropy returns none: build them from its hidden states (logits_fn=lambda output: "
                 "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
-                "mode='manual'"
+                "mode='manual'. One whose outputs are compared with each other (embeddings) has none: there "
+                "too it is mode='manual', or estimator='hutchinson'"
+            )
+        if tensor is output and tensor.ndim == 0:
+            raise RuntimeError(
+                f"{name} returns its loss, one number, and labels cannot be drawn from that. Let it return "
+                "the logits as well (a mapping or an object with logits, or a tuple), or use "
+                "estimator='hutchinson', which needs the loss alone"
             )
         if is_dtensor(tensor):
             raise RuntimeError(
@@ -225,36 +230,6 @@ class Recorder:
                 "labels are drawn from whole rows. Give the output layer output_layouts=Replicate() and "
                 "use_local_output=True"
             )
-
-    def check_fit(self, head: Head, gradient: Tensor) -> None:
-        """Warn, once a head, if the gradient in its output is not of the kind that its likelihood's loss
-        gives.
-        """
-        if head.name in self._checked:
-            return
-        self._checked.add(head.name)
-        mismatch = head.likelihood.mismatch(gradient)
-        if mismatch > 0.05:
-            warnings.warn(
-                f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
-                "cross-entropy: over the classes it "
-                f"sums to {mismatch:.0%} of its size instead of 0. h will be the curvature of a "
-                "cross-entropy all the same. Give likelihood= "
-                "the name of your loss, or logits_fn= if the output is not the logits",
-                SophiaWarning,
-            )
-
-    def say_problem(self, head: Head, problem: str) -> None:
-        """Warn, once a head, that the loss is not what its likelihood says."""
-        if (head.name, "problem") in self._said:
-            return
-        self._said.add((head.name, "problem"))
-        warnings.warn(
-            f"the gradient of your loss in the output of {type(self.model).__name__} is not that of a "
-            f"mean or weighted cross-entropy: {problem}. Until then h is the curvature of the mean "
-            "cross-entropy",
-            SophiaWarning,
-        )
 
 
 class _Listener:
@@ -272,11 +247,10 @@ class _Listener:
             return  # a compiled graph with the loss inside gives no gradient to the logits
         gradient = own_gradient(outputs, gradient, always=recorder.named)
         counted = outputs.head.likelihood.counted(gradient)
-        reading = outputs.head.likelihood.weights(gradient, outputs.probes, counted)
+        turned = -gradient if recorder.maximize else gradient
+        reading = outputs.head.likelihood.weights(turned, outputs.probes, counted)
         if reading.problem is not None:
-            recorder.say_problem(outputs.head, reading.problem)
-        elif reading.weights is None:
-            recorder.check_fit(outputs.head, gradient)
+            outputs.problems.append(reading.problem)
         if reading.weights is None:
             outputs.unread = True
         else:
@@ -297,3 +271,10 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     return value
+
+
+def _names_in(output: Any) -> str:
+    """The tensors that an output does have, by name, for a message."""
+    held = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    names = [str(name) for name, value in held.items() if isinstance(value, Tensor)]
+    return f", which holds {', '.join(names[:8])}" if names else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from sophia.likelihoods import Head
+from sophia.likelihoods import Head, Problem
 from sophia.refresh.conditions import Conditions
 from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
@@ -57,6 +57,8 @@ class Outputs:
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
     unread: bool = False
     """Whether a gradient came whose weights cannot be read."""
+    problems: list[Problem] = field(default_factory=list)
+    """Of the gradients that came: they are spoken of at the step (``misread.py``), not inside a backward."""
     views: list[View] = field(default_factory=list)
     """Outputs that are views of this one, whose gradients arrive here a second time."""
     apart: bool = False

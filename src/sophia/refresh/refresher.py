@@ -25,10 +25,11 @@ from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
 from sophia.refresh.cuts import Cuts
 from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
+from sophia.refresh.misread import Misread
 from sophia.refresh.proof import prove
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refusals import check_recorded
-from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose
+from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose, usable
 from sophia.refresh.sandbox import sandbox
 from sophia.refresh.seeds import generator, seed_for
 
@@ -81,6 +82,7 @@ class Refresher:
         self, estimator: Estimator, *, fraction: float, batch_dim: int | None = None, group: Any
     ) -> None:
         self.estimator, self.fraction, self.group = estimator, fraction, group
+        self._misread = Misread()
         self.cuts = Cuts(fraction=fraction, batch_dim=batch_dim)
         self.gradient_scale = self.share = 0.0
         """Of ``.grad`` at the last due step, in units of the loss that h is the curvature of, 0 if it is no
@@ -110,7 +112,7 @@ class Refresher:
             sandbox(recorder.model, parameters, seed=dropout, moving=moving),
             reducing(recorder.model),
         ):
-            ranks.together(lambda: check_recorded(recorder, parameters, step))
+            ranks.together(lambda: self._check_recorded(recorder, parameters, step))
             for what, words in prove(recorder, parameters, ranks):
                 self._say(what, words)
             division = self.cuts.division(recorder, ranks, key)
@@ -134,13 +136,21 @@ class Refresher:
                         context = self._context(
                             parameters, choice.replays, counts, totals, factor, (seed, step), agreement
                         )
-                        return self.estimator.estimate(context)
+                        estimate = self.estimator.estimate(context)
+                        self._misread.begun = True
+                        return estimate
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
                     division = None
                     self.cuts.give_up(recorder, str(reason))
                 # What a pass that was given up left there must not enter the next one.
                 for parameter in parameters:
                     parameter.grad = None
+
+    def _check_recorded(self, recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
+        """Raise RuntimeError where nothing was recorded, or nothing of which h could be made."""
+        check_recorded(recorder, parameters, step)
+        if self.estimator.needs_outputs:
+            self._misread.check(usable(recorder), type(recorder.model).__name__)
 
     def _factor(self, choice: Choice, scale: float | None, ranks: Ranks) -> float:
         """From the weights that were read to those of the gradient in ``.grad``: its mean over the ranks, and
