@@ -27,7 +27,7 @@ from threads import waiting_costs_nothing
 from torch.nn import functional as F
 
 from sophia import Sophia
-from sophia.refresh import arrivals, recorder
+from sophia.refresh import arrivals, hook, other_outputs, recorder
 
 K = 10
 FRACTIONS = {"1/8": 1 / 8, "1/2": 1 / 2, "1/16": 1 / 16, "1": 1.0}
@@ -38,7 +38,7 @@ class Listening:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for kind in (recorder._Hook, recorder._Listener, arrivals._Arrival):
+        for kind in (hook.Hook, recorder._Listener, other_outputs._Listener, arrivals._Arrival):
             kind.__call__ = self._timed(kind.__call__)
 
     def _timed(self, call: Callable[..., None]) -> Callable[..., None]:

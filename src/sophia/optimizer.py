@@ -27,6 +27,7 @@ from sophia.refresh.ownership import Orphans, in_no_group, nothing_to_train
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refresher import Refresher, is_due, staleness
 from sophia.refresh.refusals import check_ownership
+from sophia.refresh.sampled_reading import ALL_AGAIN
 from sophia.refresh.seeds import seed_for
 from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
@@ -306,6 +307,9 @@ class Sophia(torch.optim.Optimizer):
     def _listen(self) -> None:
         if self._recorder is not None:
             self._recorder.active = any(is_due(g["step"], g["update_every"]) for g in self.param_groups)
+            first = self.param_groups[0]
+            sampled = first["weights_equal"] and first["refreshes"] % ALL_AGAIN
+            self._recorder.sample = (first["seed"], first["step"]) if sampled else None
             self._recorder.maximize = all(g["maximize"] for g in self.param_groups)
 
     # ---- the step ----
@@ -434,6 +438,7 @@ class Sophia(torch.optim.Optimizer):
                 self._recorder, self._trained(), seed=first["seed"], step=first["step"]
             )
             first["share"], first["gradient_scale"] = self._refresher.share, self._refresher.gradient_scale
+            first["weights_equal"] = int(self._refresher.weights_equal)
             if not 1 / FAR < (first["gradient_scale"] or 1.0) < FAR:
                 self._warn_once("gradient scale", words(first["gradient_scale"]))
             self._take(estimate, due)

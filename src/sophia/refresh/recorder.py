@@ -34,6 +34,7 @@ from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs, own_gradient
 from sophia.refresh.places import at, fields
 from sophia.refresh.recording import Autocast, Outputs, Recording
+from sophia.refresh.sampled_reading import read, take_probes
 from sophia.refresh.sandbox import in_sandbox
 
 __all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
@@ -73,6 +74,8 @@ class Recorder:
             silent=not needs_outputs,
         )
         self.active = False
+        self.sample: tuple[int, ...] | None = None
+        """Key of the sample of predictions whose weights are read; None to read all."""
         self.recordings: list[Recording] = []
         self.arrivals = Arrivals(self)
         self.witnesses = Witnesses(model)
@@ -110,6 +113,11 @@ class Recorder:
         """Whether a backward came through a recorded forward, and its gradients were not thrown away."""
         self.arrivals.drop_thrown_away()
         return any(recording.reached for recording in self.recordings)
+
+    def weights_are_equal(self) -> bool:
+        """Whether the weights of all predictions of the step were read, and each forward has one for all."""
+        parts = [part for recording in self.recordings if recording.reached for part in recording.outputs]
+        return bool(parts) and all(p.equal and p.weights is not None and not p.unread for p in parts)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
@@ -161,7 +169,7 @@ class Recorder:
             return
         for part, tensor in zip(recording.outputs, found, strict=True):
             if tensor.requires_grad:
-                part.probes = part.head.likelihood.probes(tensor)
+                take_probes(part, tensor, self.sample)
                 tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
 
     def _is_loss_alone(self, output: Any) -> bool:
@@ -248,7 +256,7 @@ class _Listener:
         gradient = own_gradient(outputs, gradient, always=recorder.named)
         counted = outputs.head.likelihood.counted(gradient)
         turned = -gradient if recorder.maximize else gradient
-        reading = outputs.head.likelihood.weights(turned, outputs.probes, counted)
+        reading = read(outputs, turned, counted)
         if reading.problem is not None:
             outputs.problems.append(reading.problem)
         if reading.weights is None:

@@ -53,6 +53,10 @@ class Outputs:
     """Which predictions count; None until something says so."""
     probes: Any = None
     """What the likelihood keeps of the outputs, to read weights from their gradient."""
+    sample: Tensor | None = None
+    """Numbers of the predictions whose weights are read; None for all (``sampled_reading.py``)."""
+    equal: bool = True
+    """Whether the weights that were read are one number, so that a sample may do next time."""
     weights: Tensor | None = None
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
     unread: bool = False

@@ -88,6 +88,8 @@ class Refresher:
         """Of ``.grad`` at the last due step, in units of the loss that h is the curvature of, 0 if it is no
         single factor; and the predictions that the pass counted, over those of the whole step.
         """
+        self.weights_equal = False
+        """Whether a sample of the predictions may be read next time."""
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
         self._said: set[str] = set()
 
@@ -102,6 +104,7 @@ class Refresher:
         ranks = self.ranks(recorder.model, parameters)
         # Before the sandbox puts the gradients aside. Summed, as a rank's shards may be empty.
         scale = measured(*(ranks.total(product) for product in recorder.arrivals.scale.products()))
+        self.weights_equal = not ranks.any_of(not recorder.weights_are_equal())[0]
         key = (seed, step, ranks.number)
 
         def chosen() -> Choice:

@@ -42,6 +42,8 @@ COUNTERS: Mapping[str, int | float] = {
     # .grad in units of the loss (``refresh/gradient_scale.py``).
     "share": 0.0,
     "gradient_scale": 0.0,
+    # Whether all predictions weighed the same, so that the next refresh reads a sample of them.
+    "weights_equal": 0,
 }
 """The counters of the refreshes, by their first values. They live in ``param_groups``: there every format of
 checkpoints carries them.
