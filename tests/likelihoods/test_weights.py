@@ -93,3 +93,15 @@ def test_soft_targets_of_a_flat_teacher_are_said():
     found, _, _ = reading(lambda z, y: 0.2 * F.cross_entropy(z, teacher), 50)
     assert found.problem is not None
     assert "soft targets" in found.problem.cause
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 3.0]], ids=["mean", "weights of classes"])
+def test_two_kinds_of_rows_of_two_classes(weight):
+    """Two points lie on a line whatever they are: read as one smoothed label, with 18 times the weight."""
+    z = torch.tensor([[0.0, 0.06]] * 16 + [[0.18, 0.0]] * 16, requires_grad=True)
+    y = torch.tensor([0] * 16 + [1] * 16)
+    w = None if weight is None else torch.tensor(weight)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(z, y, w), z)
+    reading = read_weights(gradient, probes_of(z), torch.ones(32, dtype=torch.bool))
+    expected = torch.ones(32) if w is None else w[y]
+    torch.testing.assert_close(reading.weights, expected / expected.sum(), rtol=1e-3, atol=0)

@@ -106,11 +106,20 @@ def shared_line(g: Tensor, p: Tensor, dtype: torch.dtype) -> float | None:
     # What is left is a distribution of the label that all share, up to which class it is.
     rest = p - g / slope
     slack = 3 * tolerance * float(g.abs().max()) / slope
-    for column in rest.T:
+    for column, points in zip(rest.T, p.T, strict=True):
+        fitted = 1
         for side in (column[column > 0.5], column[column <= 0.5]):
+            fitted += bool(len(side))
             if len(side) and float((side - side.median()).abs().max()) > slack:
                 return None
+        # Two kinds of rows lie on some line, whatever their labels and weights are.
+        if _distinct(points) <= fitted:
+            return None
     return slope
+
+
+def _distinct(points: Tensor) -> int:
+    return len(torch.unique((points * 1e5).round()))
 
 
 def _fitted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +210,7 @@ def lines_of_labels(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         slopes, rests = [], []
         for each in range(classes):
             rows = label == each
-            if int(rows.sum()) < FEW:
+            if int(rows.sum()) < FEW or _distinct(p[rows, 0]) < 3:
                 return None
             dx, dy = p[rows] - p[rows].mean(0), g[rows] - g[rows].mean(0)
             slope = (dx * dy).sum() / dx.square().sum().clamp(min=1e-30)
