@@ -44,7 +44,8 @@ def test_small_model_of_its_own(capsys):
     assert (code, document["wrong"], wrong) == (0, 0, [])
     assert document["sophia"] == sophia.__version__
     assert {f["topic"] for f in document["findings"]} == {
-        "versions", "name", "device", "threads", "paths of the step", "model", "training"
+        "versions", "name", "device", "threads", "paths of the step", "model", "outputs", "loss", "rows",
+        "repetition", "gradient", "training",
     }  # fmt: skip
     refreshes = next(f["data"] for f in document["findings"] if "refreshed" in f["data"])
     assert refreshes["refreshed"] == refreshes["expected"] == [0, 10]
@@ -62,7 +63,9 @@ def test_text_is_plain_and_ends_with_the_verdict(capsys):
     out = capsys.readouterr().out
     assert out.isascii() or "/" in out
     assert out.rstrip().endswith("Nothing is wrong.")
-    assert "  ok     logits of shape (8, 16, 32): 128 of 128 predictions count, by the gradient" in out
+    assert (
+        "  ok     output['logits'] of shape (8, 16, 32): 128 of 128 predictions count, by the gradient" in out
+    )
     assert "\x1b" not in out
     assert as_text([Finding("a", "wrong", "x")] * 2).endswith("2 things are wrong.")
 
@@ -285,7 +288,9 @@ def test_model_of_the_user(name, module, capsys):
     findings = json.loads(capsys.readouterr().out)["findings"]
     model = [f for f in findings if f["topic"] == "model"]
     assert model[0]["text"] == "Net, 153 parameters"
-    assert model[1]["data"] == {"head": "logits", "shape": [4, 6, 9], "counted": 24, "predictions": 24}
+    output = next(f["data"] for f in findings if f["topic"] == "outputs")
+    assert output["shape"] == [4, 6, 9]
+    assert (output["counted"], output["predictions"], output["known_by"]) == (24, 24, "gradient")
     refreshes = next(f["data"] for f in findings if "refreshed" in f["data"])
     assert refreshes["refreshed"] == [0, 4, 8, 12, 16]
     assert refreshes["B"] == 24.0

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ from sophia.checks import SophiaWarning
 from sophia.diagnostics import advice
 from sophia.doctor.findings import Finding
 from sophia.doctor.given_model import Subject, SubjectError
+from sophia.doctor.what_is_proved import of_account, of_outputs
 from sophia.optimizer import Sophia
-from sophia.refresh.recorder import Recorder
+from sophia.refresh.account import Account, OfOutput, outputs_in
 
 __all__ = ["check_training"]
 
@@ -74,15 +75,26 @@ def check_training(
         steps: of each.
         lr: of both, where it is ours to choose.
     """
+    accounts: list[Account] = []  # of the refreshes
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SophiaWarning)
-        findings = list(_training(make_subject, make_optimizer, steps, lr))
+        findings = list(_training(make_subject, make_optimizer, steps, lr, accounts))
     said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SophiaWarning))
-    return [*findings, *(Finding("training", "wrong", f"Sophia warns: {text}") for text in said)]
+    return [*findings, *(_warned(text, accounts) for text in said)]
+
+
+def _warned(text: str, accounts: Sequence[Account]) -> Finding:
+    # Of what costs more than it might, with an h that is right, the user need not be rid.
+    of_cost = any(account.rows.words == text for account in accounts)
+    return Finding("training", "note" if of_cost else "wrong", f"Sophia warns: {text}")
 
 
 def _training(
-    make_subject: Callable[[], Subject], make_optimizer: Callable[[Any], Any] | None, steps: int, lr: float
+    make_subject: Callable[[], Subject],
+    make_optimizer: Callable[[Any], Any] | None,
+    steps: int,
+    lr: float,
+    accounts: list[Account],
 ) -> Iterator[Finding]:
     try:
         run = _begun(make_subject(), make_optimizer, lr)
@@ -92,6 +104,15 @@ def _training(
         yield Finding("model", "wrong", f"the optimizer cannot be made: {type(error).__name__}: {error}")
         return
     yield from _attached(run)
+    if isinstance(run.optimizer, Sophia):
+        run.optimizer._refresher.accounts = accounts
+    try:
+        seen = _outputs_seen(run)
+    except SubjectError:
+        raise
+    except Exception as error:
+        yield Finding("model", "wrong", f"{type(error).__name__}: {error}")
+        return
     other = make_subject()
     other.model.train()
     control = _Run(other, torch.optim.AdamW(other.model.parameters(), lr=lr))
@@ -101,9 +122,12 @@ def _training(
         except SubjectError:
             raise
         except Exception as error:
+            if not accounts:
+                yield from of_outputs(seen)
             yield Finding("training", "wrong", f"step {step} ends with {type(error).__name__}: {error}")
             return
         control.step()
+    yield from of_account(accounts[0]) if accounts else of_outputs(seen)
     yield _falling(run)
     yield from _refreshes(run, steps)
     yield _cost(run, control)
@@ -126,12 +150,11 @@ def _begun(subject: Subject, make: Callable[[Any], Any] | None, lr: float) -> _R
 
 
 def _attached(run: _Run) -> Iterator[Finding]:
-    """Run one forward and backward, and look at what the recorder of a Sophia saw."""
+    """What a Sophia is attached to, if it is."""
     optimizer, name = run.optimizer, type(run.subject.model).__name__
     size = sum(p.numel() for p in run.subject.model.parameters())
     yield Finding("model", "ok", f"{name}, {size:,} parameters", {"model": name, "parameters": size})
-    recorder = optimizer._recorder if isinstance(optimizer, Sophia) else None
-    if recorder is None:
+    if not isinstance(optimizer, Sophia) or optimizer._recorder is None:
         kind = type(optimizer).__name__
         yield Finding(
             "model",
@@ -139,49 +162,20 @@ def _attached(run: _Run) -> Iterator[Finding]:
             f"{kind} is not attached to the model, so there is nothing to be found. Whether it is Sophia is "
             "another question: sophia audit module:Class",
         )
-        return
-    try:
-        loss = run.subject.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
-    except SubjectError:
-        raise
-    except Exception as error:
-        yield Finding("model", "wrong", f"{type(error).__name__}: {error}")
-        return
-    yield from _recorded(recorder, name)
+
+
+def _outputs_seen(run: _Run) -> tuple[OfOutput, ...]:
+    """What one forward and backward show, for a step that does not come to its refresh."""
+    optimizer = run.optimizer
+    if not isinstance(optimizer, Sophia) or optimizer._recorder is None:
+        return ()
+    loss = run.subject.loss()
+    loss.backward()  # type: ignore[no-untyped-call]
+    recorder = optimizer._recorder
+    reached = any(recording.reached for recording in recorder.recordings)
+    seen = outputs_in(recorder) if reached else ()
     optimizer.zero_grad()
-
-
-def _recorded(recorder: Recorder, name: str) -> Iterator[Finding]:
-    reached = [recording for recording in recorder.recordings if recording.reached]
-    if not reached:
-        yield Finding(
-            "model",
-            "wrong",
-            f"{name} ran no training forward that the loss came from. Pass the module that is really called "
-            "and returns logits, in training mode",
-        )
-        return
-    for part in reached[-1].outputs:
-        shape = tuple(part.shape)
-        data: dict[str, Any] = {"head": part.head.name, "shape": list(shape)}
-        what = f"{part.head.name} of shape {shape}"
-        if part.mask is None:
-            yield Finding(
-                "model",
-                "note",
-                f"{what}: no gradient of the loss reaches this tensor, so what counts is read from the "
-                "labels (compiled with the loss inside? built by logits_fn?)",
-                data,
-            )
-        else:
-            counted, total = int(part.mask.sum()), part.mask.numel()
-            yield Finding(
-                "model",
-                "ok",
-                f"{what}: {counted} of {total} predictions count, by the gradient of the loss",
-                {**data, "counted": counted, "predictions": total},
-            )
+    return seen
 
 
 def _falling(run: _Run) -> Finding:

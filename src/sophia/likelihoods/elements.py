@@ -87,8 +87,9 @@ def read_counts(gradient: Tensor, kept: Kept, counted: Tensor) -> Reading:
         if weight > 0:
             y = rate - g / weight
             whole = ((y - y.round()).abs() <= tolerance * (1 + y.abs() + rate)) & (y > -0.5)
-            if float(whole.float().mean()) >= 0.95:
-                return Reading(torch.where(counted, weight, 0.0).float())
+            fit = float(whole.float().mean())
+            if fit >= 0.95:
+                return Reading(torch.where(counted, weight, 0.0).float(), fit=fit)
     return Reading(
         None,
         Problem(

@@ -59,6 +59,10 @@ class Reading:
     """One a prediction, float32, of the shape of the mask; None where the gradient is no line in p."""
     problem: Problem | None = None
     """What the loss seems to be if it is not the likelihood's, and what to do then."""
+    fit: float | None = None
+    """Share of the predictions that count whose gradient is that of the likelihood's loss, to the digits of
+    its dtype; None where that cannot be asked, as any gradient fits some weight or target.
+    """
 
 
 def probes_of(outputs: Tensor) -> Probes:
@@ -111,21 +115,22 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
     if not bool(g.isfinite().all() & p.isfinite().all()):
         return Reading(None)  # of that the refresh speaks
     found, good = _of_log_probabilities(flat[rows], probes.total[rows]) or _on_lines(g, p, dtype)
-    if float(good.float().mean()) < 0.9:
+    fit: float | None = float(good.float().mean())
+    if fit is not None and fit < 0.9:
         off = rows[~good]
         evidence = Evidence.of(flat, g[~good], p[~good], probes, mask, off, dtype)
         if evidence.is_noise(len(rows)):
             return Reading(None)
         problem = find_problem(evidence)
         if problem is not None:
-            return Reading(None, problem)
+            return Reading(None, problem, fit)
         soft, problem = soft_weights(g, p, dtype)
         if soft is None:  # those of a mean, which is what is taken for unread ones, or a problem
-            return Reading(None, problem)
-        found, good = soft, torch.ones_like(good)
+            return Reading(None, problem, None if problem is None else fit)
+        found, good, fit = soft, torch.ones_like(good), None
     negative = float((found[good] < 0).float().mean())
     if negative:
-        return Reading(None, signs(negative))
+        return Reading(None, signs(negative), fit)
     # A prediction whose gradient has underflowed says nothing of itself.
     middle = found[good].median()
     found = torch.where(good, found, middle)
@@ -134,7 +139,7 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
         found = middle
     weights[rows] = found
     problem = of_own_probability(flat, p, weights, rows) if found.ndim else None
-    return Reading(weights.view(counted.shape), problem)
+    return Reading(weights.view(counted.shape), problem, fit)
 
 
 def _of_log_probabilities(g: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -88,8 +88,10 @@ class Witnesses:
         self._parameters = list(model.parameters())
         # FSDP1 moves the memory of its parameters about: nothing can be told of them.
         self._can_prove = not any(getattr(p, "_fsdp_flattened", False) for p in self._parameters)
-        self.proved: set[Hashable] = set()
-        """Kinds of input whose forwards need no witness any more."""
+        self.proved: dict[Hashable, str | None] = {}
+        """Kinds of input whose forwards need no witness any more, and what was different in a repetition;
+        None if nothing was.
+        """
         self.moving: set[int] = set()
         """Modules, by id, that were seen to move state."""
 
@@ -125,6 +127,14 @@ class Witnesses:
         if witness is not None:
             witness.outputs = sampled(outputs)
         return Conditions(versions, noted.weights, noted.evaluated, began, witness)
+
+    def unproved(self, conditions: Conditions) -> str:
+        """Why there is no proof for a forward of a kind of which none was proved."""
+        if not self._can_prove:
+            return "a wrapper moves the memory of the parameters about"
+        if conditions.witness is None:
+            return "the state that it moves could not be kept whole"
+        return "its parameters have changed since, so that a difference would tell nothing"
 
     def same_weights(self, conditions: Conditions) -> bool:
         """Whether all parameters are what they were in a forward, as far as its witness can tell."""

@@ -41,6 +41,12 @@ class Cuts:
         self.fraction, self.batch_dim = fraction, batch_dim
         self.proved: dict[Hashable, int | None] = {}
         """By kind of input, the number of the division whose parts are independent; None where none is."""
+        self.reasons: dict[Hashable, str] = {}
+        """Why it is None, where a run has shown it."""
+        self.last: Division | None = None
+        """How the micro-batch of the last refresh was divided; None if it was run whole."""
+        self.words = ""
+        """What was said of micro-batches that are run whole."""
         self._kind: Hashable = None  # of the last input that was asked about
         self._said: set[str] = set()
 
@@ -58,11 +64,19 @@ class Cuts:
         if self.fraction < 1 and len(recordings) == 1:
             self._say(recorder, recordings[0], reasons)
         place = self.proved.get(self._kind)
-        return None if place is None else found[place]
+        self.last = None if place is None else found[place]
+        return self.last
+
+    def against(self) -> str | None:
+        """Why the micro-batch of the last refresh was run whole, if a run has shown that its parts depend on
+        each other.
+        """
+        return self.reasons.get(self._kind)
 
     def give_up(self, recorder: Recorder, reason: str) -> None:
         """Run inputs of the last kind whole from now on: their parts could not be run after all."""
-        self.proved[self._kind] = None
+        self.proved[self._kind] = self.last = None
+        self.reasons[self._kind] = reason
         self._say(recorder, usable(recorder)[0], [reason])
 
     def _divisions(self, recording: Recording) -> list[Division]:
@@ -109,6 +123,8 @@ class Cuts:
                     self.proved[kind] = None if division is None else place
                     reasons = []
                     break
+        if reasons:
+            self.reasons[kind] = reasons[0]
         if runs:
             reshard(recorder.model)
         return reasons
@@ -147,17 +163,16 @@ class Cuts:
             "costs what a part of it would; fraction=1.0 says that the whole is meant"
         )
         if single:
-            warnings.warn(
+            self.words = (
                 f"a step of {name} has one row, packed or not, and neither documents nor tokens of it that "
-                f"could be run alone{because}, {cost}. Documents are found by position_ids that start anew",
-                SophiaWarning,
+                f"could be run alone{because}, {cost}. Documents are found by position_ids that start anew"
             )
         else:
-            warnings.warn(
+            self.words = (
                 f"the rows of a batch of {name} are not independent{because}, {cost}. Where the rows lie "
-                "along another dimension than the first two, pass batch_dim=",
-                SophiaWarning,
+                "along another dimension than the first two, pass batch_dim="
             )
+        warnings.warn(self.words, SophiaWarning)
 
 
 class _Forward:

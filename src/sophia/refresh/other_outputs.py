@@ -71,10 +71,10 @@ class OtherOutputs:
             of_view = self.asked and kin.below == (0,) and is_view_of(tensor, found[0])
             if kin.above or (kin.below and not of_view):
                 continue
-            part = Outputs(head, tensor.shape, True, place)
+            part = Outputs(head, tensor.shape, True, place, name=written(output, place))
             if self.asked and _fits(tensor, head):
                 part.probes = head.likelihood.probes(tensor)
-            other = Other(part, written(output, place), kin, TensorWeakRef(tensor), self.asked, of_view)
+            other = Other(part, part.name, kin, TensorWeakRef(tensor), self.asked, of_view)
             if of_view:
                 recording.outputs[0].views.append(listen(tensor, found[0]))
             tensor.register_hook(_Listener(other))  # type: ignore[no-untyped-call]
@@ -232,14 +232,15 @@ class _Listener:
         if not bool(counted.any()):
             return
         other.reached = True
-        weights = likelihood.weights(gradient, part.probes, counted).weights
+        reading = likelihood.weights(gradient, part.probes, counted)
+        weights = reading.weights
         if weights is None or not (likelihood.event_dims or _are_regular(weights, gradient)):
             part.unread = True
             if bool(gradient.isfinite().all()):  # an overflow says nothing of the loss
                 other.unlike = True
                 other.likelihood = _likely(gradient)
         else:
-            part.weights = weights if part.weights is None else part.weights + weights
+            part.take(reading)
         part.mask = counted if part.mask is None else part.mask | counted
 
 

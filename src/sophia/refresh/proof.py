@@ -79,9 +79,16 @@ def _difference(recorder: Recorder, recording: Recording) -> str | None:
         del output
     if witness is None:
         return None  # run because another rank must
-    recorder.witnesses.proved.add(witness.form)
-    for (shape, now), (recorded, then) in zip(found, witness.outputs, strict=False):
-        if shape != recorded or not then.numel() or not bool(then.isfinite().all()):
+    reason = _gap(found, witness.outputs)
+    recorder.witnesses.proved[witness.form] = reason
+    return reason
+
+
+def _gap(
+    found: Sequence[tuple[torch.Size, Tensor]], recorded: Sequence[tuple[torch.Size, Tensor]]
+) -> str | None:
+    for (shape, now), (before, then) in zip(found, recorded, strict=False):
+        if shape != before or not then.numel() or not bool(then.isfinite().all()):
             continue  # nothing can be told; the pass itself will say so
         size, gap = float(then.abs().max()), float((now - then).abs().max())
         if not gap <= TOLERANCE.get(then.dtype, 1e-3) * size:

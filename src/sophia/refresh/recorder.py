@@ -259,13 +259,7 @@ class _Listener:
         reading = read(outputs, turned, counted)
         if reading.problem is not None:
             outputs.problems.append(reading.problem)
-        if reading.weights is None:
-            outputs.unread = True
-        else:
-            # Two backwards through one output add up in .grad, and so do their weights.
-            outputs.weights = (
-                reading.weights if outputs.weights is None else outputs.weights + reading.weights
-            )
+        outputs.take(reading)
         outputs.mask = counted if outputs.mask is None else outputs.mask | counted
 
 

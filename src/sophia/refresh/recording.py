@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from sophia.likelihoods import Head, Problem
+from sophia.likelihoods import Head, Problem, Reading
 from sophia.refresh.conditions import Conditions
 from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
@@ -61,6 +61,12 @@ class Outputs:
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
     unread: bool = False
     """Whether a gradient came whose weights cannot be read."""
+    fit: float | None = None
+    """Share of the predictions whose gradient is that of the head's loss, the least of all backwards; None
+    where the likelihood does not ask.
+    """
+    name: str = ""
+    """As one writes it, for one that is found by its place."""
     problems: list[Problem] = field(default_factory=list)
     """Of the gradients that came: they are spoken of at the step (``misread.py``), not inside a backward."""
     views: list[View] = field(default_factory=list)
@@ -72,6 +78,15 @@ class Outputs:
     def prediction_shape(self) -> torch.Size:
         """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
         return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
+
+    def take(self, reading: Reading) -> None:
+        """Add what was read from one backward: two of them add up in ``.grad``, and so do the weights."""
+        if reading.weights is None:
+            self.unread = True
+        else:
+            self.weights = reading.weights if self.weights is None else self.weights + reading.weights
+        if reading.fit is not None:
+            self.fit = reading.fit if self.fit is None else min(self.fit, reading.fit)
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from sophia.distributed.collectives import Ranks
 from sophia.distributed.process_groups import ranks_of
 from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
+from sophia.refresh.account import Account, account_of
 from sophia.refresh.cuts import Cuts
 from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
 from sophia.refresh.misread import Misread
@@ -90,6 +91,8 @@ class Refresher:
         """
         self.weights_equal = False
         """Whether a sample of the predictions may be read next time."""
+        self.accounts: list[Account] | None = None
+        """What each refresh has found, where somebody has put a list here to be told."""
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
         self._said: set[str] = set()
 
@@ -141,6 +144,7 @@ class Refresher:
                         )
                         estimate = self.estimator.estimate(context)
                         self._misread.begun = True
+                        self._account(recorder, choice, parameters)
                         return estimate
                 except RowsCannotBeTaken as reason:  # on all ranks, or on none
                     division = None
@@ -154,6 +158,19 @@ class Refresher:
         check_recorded(recorder, parameters, step)
         if self.estimator.needs_outputs:
             self._misread.check(usable(recorder), type(recorder.model).__name__)
+
+    def _account(self, recorder: Recorder, choice: Choice, parameters: Sequence[Tensor]) -> None:
+        if self.accounts is not None:
+            made = account_of(
+                recorder,
+                self.cuts,
+                choice,
+                parameters,
+                share=self.share,
+                gradient_scale=self.gradient_scale,
+                needs_outputs=self.estimator.needs_outputs,
+            )
+            self.accounts.append(made)
 
     def _factor(self, choice: Choice, scale: float | None, ranks: Ranks) -> float:
         """From the weights that were read to those of the gradient in ``.grad``: its mean over the ranks, and

@@ -33,7 +33,7 @@ from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Outputs, Recording
 from sophia.refresh.seeds import generator
 
-__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "choose", "usable"]
+__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "are_read", "choose", "usable"]
 
 
 class RowsCannotBeTaken(Exception):
@@ -169,7 +169,7 @@ def choose(
     """
     recordings = usable(recorder)
     masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
-    read = _are_read(recorder, recordings)
+    read = are_read(recorder, recordings)
     counts = [_by_head(recorder, r, of_one) for r, of_one in zip(recordings, masks, strict=True)]
     totals = tuple(map(sum, zip(*counts, strict=True)))
     if len(recordings) > 1:
@@ -198,7 +198,7 @@ def _by_head(recorder: Recorder, recording: Recording, masks: Sequence[Tensor]) 
     return tuple(counts.values())
 
 
-def _are_read(recorder: Recorder, recordings: Sequence[Recording]) -> tuple[bool, ...]:
+def are_read(recorder: Recorder, recordings: Sequence[Recording]) -> tuple[bool, ...]:
     """Head by head, whether the weights of all predictions that count were read."""
     heads = [[p for r in recordings for p in r.outputs if p.head is head] for head in recorder.heads]
     return tuple(
