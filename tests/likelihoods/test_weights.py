@@ -46,6 +46,19 @@ def test_smoothed_labels_of_few_and_many_classes(classes, spread, weighted):
     )
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "by-class"])
+@pytest.mark.parametrize("sizes", [(16, 16), (2, 20, 10), (9, 9, 9, 9)])
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_kinds_of_equal_rows_each_with_its_label(classes, sizes, weighted):
+    """Two points always have a line: a slope 18 times the weight, or one made of rounding."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.cat([torch.randn(1, classes, generator=g).expand(n, -1) for n in sizes]).requires_grad_()
+    y = torch.cat([torch.full((n,), kind % 2) for kind, n in enumerate(sizes)])
+    smoothed(classes, 0.0, weighted)(z, y).backward()
+    found = read_weights(z.grad, probes_of(z), torch.ones(len(z), dtype=torch.bool))
+    torch.testing.assert_close(found.weights, weights_of(y, classes, 0.0, weighted), rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [0.05, 1.0, 8.0])
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000, 50_000])

@@ -102,6 +102,8 @@ def shared_line(g: Tensor, p: Tensor, dtype: torch.dtype) -> float | None:
         return None
     lowest, highest = (float(bound.exp()) for bound in (slopes[first], slopes[first] + 4 * tolerance))
     same = rising & (dy >= lowest * dx) & (dy <= highest * dx)
+    if not bool(same.any()):
+        return None  # between equal slopes a logarithm's rounding leaves none
     slope = float((dy * dx)[same].sum() / dx[same].square().sum())
     # What is left is a distribution of the label that all share, up to which class it is.
     rest = p - g / slope
