@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sophia.likelihoods import Bernoulli
 from sophia.likelihoods.evidence import BALANCE
 from sophia.likelihoods.weights import probes_of, read_weights
 
@@ -118,3 +119,16 @@ def test_two_kinds_of_rows_of_two_classes(weight):
     reading = read_weights(gradient, probes_of(z), torch.ones(32, dtype=torch.bool))
     expected = torch.ones(32) if w is None else w[y]
     torch.testing.assert_close(reading.weights, expected / expected.sum(), rtol=1e-3, atol=0)
+
+
+def test_answers_of_which_one_side_lies_on_a_line():
+    """A NaN as the weight of all: every refresh is skipped."""
+    z = torch.linspace(-2, 2, 24).reshape(12, 2).requires_grad_()
+    y = torch.tensor([[1.0, 0.0]] * 6 + [[1.0, 1.0]] * 6)
+    weight = torch.tensor([1.0, 6.0])
+    loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=weight, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, z)
+    likelihood = Bernoulli()
+    counted = torch.ones_like(y, dtype=torch.bool)
+    weights = likelihood.weights(gradient, likelihood.probes(z), counted).weights
+    torch.testing.assert_close(weights, torch.where(y == 1, weight, 1.0), rtol=1e-3, atol=0)

@@ -56,7 +56,8 @@ def read_yes_or_no(gradient: Tensor, probabilities: Tensor, counted: Tensor) -> 
     for part in (g > 0, g < 0):
         if int(part.sum()) >= 4:
             slopes.append(_slope(p[part], g[part], dtype))
-    if slopes and min(slopes) > 0 and max(slopes) < 1.01 * min(slopes):
+    # Not by min alone, which passes over a NaN.
+    if slopes and all(s > 0 for s in slopes) and max(slopes) < 1.01 * min(slopes):
         each = torch.full_like(each, sum(slopes) / len(slopes))
     elif len(each) >= _ENOUGH and not _few_values(each, dtype):
         weights[counted] = each
