@@ -21,7 +21,7 @@ from sophia.curvature.exact import gauss_newton_diagonal  # noqa: E402
 from sophia.refresh.replay import _drawn  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
-EXAMPLES = dict(re.findall(r"^## (.+?)\n[^#]*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+EXAMPLES = dict(re.findall(r"^## ([^\n]+)\n[^#]*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
 COMMON = {"vocab_size": V, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 
 

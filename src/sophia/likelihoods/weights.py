@@ -109,9 +109,8 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
     rows = mask.nonzero().squeeze(1)
     if not len(rows):
         return Reading(weights.view(counted.shape))
-    dtype = digits(gradient)
-    g = flat.gather(1, probes.classes)[rows].to(weights.dtype)
-    p = probes.probabilities[rows]
+    g, p = flat.gather(1, probes.classes)[rows], probes.probabilities[rows]
+    dtype, g = digits(g), g.to(weights.dtype)
     if not bool(g.isfinite().all() & p.isfinite().all()):
         return Reading(None)  # of that the refresh speaks
     found, good = _of_log_probabilities(flat[rows], probes.total[rows]) or _on_lines(g, p, dtype)
