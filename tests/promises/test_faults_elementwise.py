@@ -37,6 +37,9 @@ ELEMENTS = {
     "weights-bernoulli-sum-over-classes": elements(
         "bernoulli", lambda z, d: bce(z, d, reduction="none").sum(-1).mean()
     ),
+    "weights-bernoulli-of-positives": elements(
+        "bernoulli", lambda z, d: bce(z, d, pos_weight=torch.arange(1.0, 6.0, dtype=z.dtype))
+    ),
     "weights-gaussian-mean": elements("gaussian", lambda z, d: F.mse_loss(z, d[2])),
     "weights-poisson-mean": elements("poisson", lambda z, d: F.poisson_nll_loss(z, counts(d))),
 }

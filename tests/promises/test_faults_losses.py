@@ -76,6 +76,33 @@ def contrast(z, data):
     return F.cross_entropy(a @ b.T / 0.2, torch.arange(len(a)))
 
 
+def two_classes(loss, n=40):
+    return Case(lambda: classifier(4, 6, 2), lambda: rows(n, classes=2), loss)
+
+
+def mixed(z, data, share):
+    """Mixup: of the labels of two examples, with a share of each."""
+    losses = [F.cross_entropy(z, y, reduction="none") for y in (data[1], data[1].roll(7))]
+    return (share * losses[0] + (1 - share) * losses[1]).mean()
+
+
+def images():
+    g = torch.Generator().manual_seed(3)
+    y = torch.randint(0, 4, (4, 4, 6), generator=g)
+    y[:, 0] = 255
+    return torch.randn(4, 1, 4, 6, generator=g), y
+
+
+def segmenter():
+    return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 1))
+
+
+def segmented(z, data):
+    """Classes in dimension 1, some void pixels, weights of classes."""
+    weight = torch.tensor([0.3, 1.0, 2.0, 0.6], dtype=z.dtype)
+    return F.cross_entropy(z, data[1], weight=weight, ignore_index=255)
+
+
 def fed_back(m, data):
     x = data[0]
     for _ in range(3):
@@ -116,6 +143,28 @@ TOLD = {
         classes(lambda z, data: F.mse_loss(z, data[0][:, :1].expand(-1, 5))),
         r"gaussian|likelihood=",
         "either",
+    ),
+    "losses-squared-error-of-two-columns": (
+        two_classes(lambda z, data: F.mse_loss(z, data[0][:, :2])),
+        r"gaussian",
+        "error",
+    ),
+    "losses-head-outside-of-two-columns": (
+        two_classes(
+            lambda z, data: F.cross_entropy(z @ torch.tensor([[1.0, -0.5, 0.2], [0.3, 0.4, -1.0]]), data[1])
+        ),
+        r"hidden states",
+        "error",
+    ),
+    "losses-soft-targets-of-two-classes": (
+        two_classes(lambda z, data: F.cross_entropy(z, torch.softmax(data[0][:, :2], -1))),
+        r"two classes.*soft",
+        "warning",
+    ),
+    "losses-classes-in-dimension-1": (
+        Case(segmenter, images, segmented),
+        r"dimension 1.*movedim\(1, -1\)",
+        "error",
     ),
     "losses-bce-as-categorical": (
         classes(lambda z, data: F.binary_cross_entropy_with_logits(z, F.one_hot(data[1], 5).to(z.dtype))),
@@ -207,6 +256,15 @@ NO_ALARM = {
         lambda z, data: (
             torch.linspace(0.0, 2.0, 13, dtype=z.dtype) * F.cross_entropy(z, data[1], reduction="none")
         ).mean()
+    ),
+    "losses-mixup-of-two-classes": two_classes(lambda z, data: mixed(z, data, 0.7)),
+    "losses-weighted-rows-of-two-classes": two_classes(
+        lambda z, data: (
+            torch.linspace(0.1, 2.0, 40, dtype=z.dtype) * F.cross_entropy(z, data[1], reduction="none")
+        ).mean()
+    ),
+    "losses-of-a-view-by-logits-fn": Case(
+        segmenter, images, segmented, settings={"logits_fn": lambda z: z.movedim(1, -1)}
     ),
     "losses-two-classes": Case(
         lambda: classifier(4, 6, 2), lambda: rows(classes=2), lambda z, data: F.cross_entropy(z, data[1])

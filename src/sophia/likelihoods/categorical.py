@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sophia.likelihoods.likelihood import Likelihood
+from sophia.likelihoods.problems import elsewhere
 from sophia.likelihoods.sampling import Contrast, at_least_float32, chunks, counted_rows, fine, inverse_cdf
-from sophia.likelihoods.weights import Probes, Reading, probes_of, read_weights
+from sophia.likelihoods.weights import Probes, Reading, dimension_of_classes, probes_of, read_weights
 
 __all__ = ["Categorical"]
 
@@ -98,7 +99,12 @@ class Categorical(Likelihood):
 
     def weights(self, gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
         """Slopes of the gradient over the probabilities (``likelihoods.weights``)."""
-        return read_weights(gradient, probes, counted)
+        reading = read_weights(gradient, probes, counted)
+        if reading.weights is None or reading.problem is not None:
+            dim = dimension_of_classes(gradient)
+            if dim is not None:
+                return Reading(None, elsewhere(dim))
+        return reading
 
     def mismatch(self, gradient: Tensor) -> float:
         """The gradient of a cross-entropy is p - q with two distributions: it sums to zero over the

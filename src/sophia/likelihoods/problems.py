@@ -20,10 +20,12 @@ from sophia.likelihoods.sampling import fine
 __all__ = [
     "CAUSES",
     "Problem",
+    "elsewhere",
     "find_problem",
     "of_own_probability",
     "one_column",
     "signs",
+    "two_classes",
     "unread_soft_targets",
 ]
 
@@ -62,6 +64,31 @@ def one_column() -> Problem:
         "Give likelihood='bernoulli' for yes-or-no answers (BCEWithLogitsLoss), 'gaussian' for numbers "
         "(MSELoss), 'poisson' for counts",
         nonsense=True,
+    )
+
+
+def elsewhere(dim: int) -> Problem:
+    """Of classes that lie in another dimension than the last."""
+    return Problem(
+        "elsewhere",
+        f"it sums to zero over dimension {dim} of the output and not over the last one, so the classes lie "
+        f"in dimension {dim}, as in cross_entropy of (N, C, H, W) in segmentation",
+        f"Pass logits_fn=lambda output: output.movedim({dim}, -1); where outputs are resized before the "
+        "loss, resize them in logits_fn too",
+        nonsense=True,
+    )
+
+
+def two_classes(lowest: float, highest: float) -> Problem:
+    """Of weights of two classes that soft targets would look like."""
+    return Problem(
+        "two classes",
+        "of two classes soft targets (mixup with its own share for each example, a teacher) and weights of "
+        f"the predictions look the same; with hard labels these would lie between {lowest:.2g} and "
+        f"{highest:.2g} of a mean's",
+        "h takes the labels for hard and these for the weights. If targets are soft, let the model return "
+        "the difference of its two outputs, with binary_cross_entropy_with_logits and "
+        "likelihood='bernoulli', or use estimator='hutchinson'",
     )
 
 

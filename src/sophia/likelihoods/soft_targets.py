@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from sophia.likelihoods.lines import TOLERANCE
-from sophia.likelihoods.problems import Problem, unread_soft_targets
+from sophia.likelihoods.problems import Problem, two_classes, unread_soft_targets
 
-__all__ = ["bound_is", "soft_weights"]
+__all__ = ["bound_is", "soft_weights", "weight_of_two_classes"]
 
 _LEAST = 1e-4  # probability, under which a ratio has no digits
 _NEAR = 0.03
+_ENOUGH = 8  # predictions, below which nothing is concluded
+_FEW_TARGETS = 4  # of pairs of two labels: 0, 1, the share, and what is left of it
 
 
 def soft_weights(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Problem | None]:
@@ -51,3 +53,34 @@ def soft_weights(g: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[Tensor | Non
 def bound_is(bound: float, count: int) -> float | None:
     """The weight of a mean or of a sum, if a lower bound comes close to it."""
     return next((w for w in (1 / count, 1.0) if (1 - _NEAR) * w <= bound <= (1 + 1e-3) * w), None)
+
+
+def weight_of_two_classes(
+    weights: Tensor, g: Tensor, p: Tensor, dtype: torch.dtype
+) -> tuple[float | None, Problem | None]:
+    """The one weight of soft targets that take few values, as a mixture of pairs makes of them (mixup), or
+    what to say where targets may be soft; neither where labels are hard.
+
+    Args:
+        weights: of the predictions if their labels are hard, which of two classes any gradient allows.
+        g: the gradient, ``(n, 2)``.
+        p: the probabilities.
+        dtype: of which g has the digits.
+    """
+    n, tolerance = len(g), TOLERANCE.get(dtype, 1e-3)
+    top = float(weights.max())
+    if n < _ENOUGH or not top > 0 or _values(weights / top, tolerance) <= max(2, n // 4):
+        return None, None  # weights of classes, or of a few kinds of rows
+    # Where both of a pair have one label, the target is hard and its weight that of all.
+    targets = p[:, 1] - g[:, 1] / top
+    if _values(targets, tolerance) <= _FEW_TARGETS:
+        return top, None
+    # No target is below zero: so no weight of a mean, read as if of hard labels, is above 1 / n.
+    if 0.5 < top * n < 1.001:
+        return None, two_classes(float(weights.min()) * n, top * n)
+    return None, None
+
+
+def _values(numbers: Tensor, tolerance: float) -> int:
+    """How many numbers there are that differ by more than a tolerance."""
+    return 1 + int((numbers.sort().values.diff() > 2 * tolerance).sum())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sophia.likelihoods.evidence import Evidence
+from sophia.likelihoods.evidence import BALANCE, Evidence
 from sophia.likelihoods.lines import (
     FEW,
     TOLERANCE,
@@ -26,10 +26,10 @@ from sophia.likelihoods.lines import (
     shared_line,
 )
 from sophia.likelihoods.problems import Problem, find_problem, of_own_probability, one_column, signs
-from sophia.likelihoods.sampling import rows_per_chunk
-from sophia.likelihoods.soft_targets import soft_weights
+from sophia.likelihoods.sampling import fine, rows_per_chunk
+from sophia.likelihoods.soft_targets import soft_weights, weight_of_two_classes
 
-__all__ = ["Probes", "Reading", "probes_of", "read_weights"]
+__all__ = ["Probes", "Reading", "dimension_of_classes", "probes_of", "read_weights"]
 
 PROBES = 32
 _WHOLE = 2**16  # entries that are kept of whole outputs
@@ -114,6 +114,9 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
     if not bool(g.isfinite().all() & p.isfinite().all()):
         return Reading(None)  # of that the refresh speaks
     found, good = _of_log_probabilities(flat[rows], probes.total[rows]) or _on_lines(g, p, dtype)
+    if flat.shape[-1] == 2:  # through two points there is always a line
+        slack = BALANCE.get(dtype, 1e-4) * (g.norm(dim=1) + found.abs())  # the label's 1 - p is rounded
+        good = good & (g.sum(1).abs() <= slack)
     fit: float | None = float(good.float().mean())
     if fit is not None and fit < 0.9:
         off = rows[~good]
@@ -138,7 +141,24 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
         found = middle
     weights[rows] = found
     problem = of_own_probability(flat, p, weights, rows) if found.ndim else None
+    if found.ndim and problem is None and flat.shape[-1] == 2:
+        one, problem = weight_of_two_classes(found, g, p, dtype)
+        if one is not None:
+            weights[rows] = one
     return Reading(weights.view(counted.shape), problem, fit)
+
+
+def dimension_of_classes(gradient: Tensor) -> int | None:
+    """The dimension over which a gradient sums to zero if it is not the last one; None if there is none."""
+    last = gradient.ndim - 1
+    size = float(gradient.norm())
+    if last < 2 or not size > 0:
+        return None
+    near = 10 * BALANCE.get(digits(gradient), 1e-4) * size
+    sums = {dim: float(gradient.sum(dim, dtype=fine(gradient)).norm()) for dim in range(1, last + 1)}
+    if sums.pop(last) <= near:
+        return None
+    return next((dim for dim, total in sums.items() if total <= near), None)
 
 
 def _of_log_probabilities(g: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -15,7 +15,7 @@ hooks that do nothing.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from sophia.refresh.places import at, fields
 from sophia.refresh.recording import Autocast, Outputs, Recording
 from sophia.refresh.sampled_reading import read, take_probes
 from sophia.refresh.sandbox import in_sandbox
+from sophia.refresh.views import Through, is_view_of
 
 __all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
 
@@ -156,7 +157,7 @@ class Recorder:
 
     def _listen(self, recording: Recording, output: Any) -> None:
         found = self.find_outputs(output)
-        returned = {id(tensor) for tensor in tensors_in(fields(output))}
+        returned = {id(tensor): tensor for tensor in tensors_in(fields(output))}
         recording.outputs = tuple(
             Outputs(head, tensor.shape, id(tensor) in returned)
             for head, tensor in zip(self.heads, found, strict=True)
@@ -170,7 +171,12 @@ class Recorder:
         for part, tensor in zip(recording.outputs, found, strict=True):
             if tensor.requires_grad:
                 take_probes(part, tensor, self.sample)
-                tensor.register_hook(_Listener(part, self))  # type: ignore[no-untyped-call]
+                # A view that logits_fn has made is not what the loss is made of: its gradient stays away.
+                base = None if part.returned else _viewed(tensor, returned.values())
+                listener: Any = _Listener(part, self)
+                if base is not None:
+                    tensor, listener = base, Through(tensor, base, listener)
+                tensor.register_hook(listener)  # type: ignore[no-untyped-call]
 
     def _is_loss_alone(self, output: Any) -> bool:
         """Whether the estimator finds its loss in an output that has nothing else to offer."""
@@ -261,6 +267,11 @@ class _Listener:
             outputs.problems.append(reading.problem)
         outputs.take(reading)
         outputs.mask = counted if outputs.mask is None else outputs.mask | counted
+
+
+def _viewed(view: Tensor, returned: Iterable[Tensor]) -> Tensor | None:
+    """The returned tensor of which ``view`` is made without changing a number."""
+    return next((t for t in returned if t.requires_grad and is_view_of(view, t)), None)
 
 
 def _copied(value: Any) -> Any:

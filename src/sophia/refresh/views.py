@@ -8,13 +8,13 @@ own loss.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
-__all__ = ["Geometry", "View", "is_view_of", "less_views", "listen"]
+__all__ = ["Geometry", "Through", "View", "is_view_of", "less_views", "listen"]
 
 
 class Geometry:
@@ -50,6 +50,21 @@ class _Arrived:
     def __call__(self, gradient: Tensor | None) -> None:
         if (view := self._view()) is not None and gradient is not None:
             view.gradients.append(gradient.detach())
+
+
+class Through:
+    """Hook on a tensor that hands on what arrives in it as the gradient of a view of it."""
+
+    def __init__(self, view: Tensor, of: Tensor, listener: Callable[[Tensor | None], None]) -> None:
+        self.own, self.of, self.listener = Geometry(view), Geometry(of), listener
+
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        flat = gradient.new_zeros(max(self.own.end, self.of.end))
+        self.of.lay(flat).copy_(gradient.detach())
+        self.listener(self.own.lay(flat))
 
 
 def is_view_of(view: Tensor, other: Tensor) -> bool:
