@@ -113,8 +113,10 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
     dtype, g = digits(g), g.to(weights.dtype)
     if not bool(g.isfinite().all() & p.isfinite().all()):
         return Reading(None)  # of that the refresh speaks
-    found, good = _of_log_probabilities(flat[rows], probes.total[rows]) or _on_lines(g, p, dtype)
-    if flat.shape[-1] == 2:  # through two points there is always a line
+    taken = _of_log_probabilities(flat[rows], probes.total[rows])
+    of_two = taken is None and flat.shape[-1] == 2
+    found, good = taken or _on_lines(g, p, dtype)
+    if of_two:  # through two points there is always a line
         slack = BALANCE.get(dtype, 1e-4) * (g.norm(dim=1) + found.abs())  # the label's 1 - p is rounded
         good = good & (g.sum(1).abs() <= slack)
     fit: float | None = float(good.float().mean())
@@ -141,7 +143,7 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
         found = middle
     weights[rows] = found
     problem = of_own_probability(flat, p, weights, rows) if found.ndim else None
-    if found.ndim and problem is None and flat.shape[-1] == 2:
+    if found.ndim and problem is None and of_two:
         one, problem = weight_of_two_classes(found, g, p, dtype)
         if one is not None:
             weights[rows] = one
