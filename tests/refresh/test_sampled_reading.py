@@ -84,8 +84,9 @@ def test_all_are_read_now_and_then():
     """A rare weight that no sample has met."""
     model, opt = made()
     x, y = batch()
-    read = [step(model, opt, x, y).sample is None for _ in range(2 * sampled_reading.ALL_AGAIN + 1)]
-    assert [i for i, whole in enumerate(read) if whole] == [0, 16, 32]
+    every = sampled_reading.ALL_AGAIN
+    read = [step(model, opt, x, y).sample is None for _ in range(2 * every + 1)]
+    assert [i for i, whole in enumerate(read) if whole] == [0, every, 2 * every]
 
 
 @pytest.mark.parametrize("at", [1, 2])

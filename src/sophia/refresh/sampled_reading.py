@@ -1,7 +1,7 @@
 """Weights read from a sample of the predictions, where those of the whole step were equal before.
 
 To read the weight of a prediction takes a pass over its outputs. Where a reading of all predictions has
-found one weight for all of them (a mean, a sum, any factor), the next ones read a few hundred. If these
+found one weight for all of them (a mean, a sum, any factor), the next ones read a few dozen. If these
 differ after all, they stand for the others, without bias, and the next refresh reads all again.
 """
 
@@ -19,9 +19,9 @@ from sophia.refresh.seeds import generator
 
 __all__ = ["ALL_AGAIN", "read", "rows_to_read", "take_probes"]
 
-ALL_AGAIN = 16
+ALL_AGAIN = 64
 """Refreshes after which all predictions are read once more."""
-_SAMPLE = 256
+_SAMPLE = 64
 _LEAST = 1 / 8  # of the predictions of a step, that must count for a sample to find enough of them
 
 
