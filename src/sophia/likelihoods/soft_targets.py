@@ -17,7 +17,7 @@ from sophia.likelihoods.problems import Problem, two_classes, unread_soft_target
 __all__ = ["bound_is", "soft_weights", "weight_of_two_classes"]
 
 _LEAST = 1e-4  # probability, under which a ratio has no digits
-_NEAR = 0.03
+_NEAR = 0.1  # of few predictions of few classes the bound is not closer
 _ENOUGH = 8  # predictions, below which nothing is concluded
 _FEW_TARGETS = 4  # of pairs of two labels: 0, 1, the share, and what is left of it
 
