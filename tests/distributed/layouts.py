@@ -193,13 +193,9 @@ def without_sync(model):
             yield
 
 
-def report(model, opt, *, accumulate=False, summed=False, read=True, whole=None, steps=4):
-    """Train for a few steps: error of the first estimate, its count, and what must be equal.
-
-    ``read``: whether the weights of the predictions can be read; they are not where the loss is inside a
-    compiled graph.
-    """
-    means = dist.get_world_size() * (2 if accumulate else 1) if read else None
+def report(model, opt, *, accumulate=False, summed=False, whole=None, steps=4):
+    """Train for a few steps: error of the first estimate, its count, and what must be equal."""
+    means = dist.get_world_size() * (2 if accumulate else 1)
     x, y, _ = share()
     result = {}
     for i in range(steps):

@@ -161,7 +161,7 @@ def over_other(kind):
         for block in model.blocks:
             block.compile(backend="aot_eager")
         layouts.wrap(model, "sharded")
-    return report(model, sophia(model), read=kind != "compiled DDP")
+    return report(model, sophia(model))
 
 
 OTHERS = [

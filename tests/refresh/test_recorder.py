@@ -29,6 +29,7 @@ from tiny import (
     estimate_in_state,
     oracle,
     relative_error,
+    weights_in_means,
 )
 
 
@@ -141,6 +142,40 @@ def test_h_is_the_curvature_of_the_loop_s_own_loss(model, loop, padded):
     opt = sophia(model)
     loop(model, x, y, opt)
     assert opt.stats()["B"] == count
+    assert relative_error(estimate_in_state(opt), expected) < 1e-5
+
+
+class Doubled(GPT):
+    """Returns another loss than the mean cross-entropy."""
+
+    def forward(self, ids, targets=None):
+        logits, loss = super().forward(ids, targets)
+        return logits, 2 * loss
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 300.0])
+@pytest.mark.parametrize("sizes", [[16], [1, 9, 6]], ids=["one", "uneven"])
+@pytest.mark.parametrize("make", [GPT, Doubled])
+def test_a_loss_inside_a_compiled_graph_is_weighed_by_what_arrives_in_it(make, sizes, factor):
+    """No gradient reaches the logits there: a sum of means, or a factor, had the h of another loss. Where the
+    loss is not seen to be a mean of the labels, a mean over all is assumed, as the docs say.
+    """
+    torch._dynamo.reset()
+    model, (x, y) = make(), data(padded=True)
+    counted = y >= 0
+    weights = factor * weights_in_means(counted, sizes) if make is GPT else counted / counted.sum()
+    expected, _ = oracle(
+        model,
+        x,
+        counted,
+        lambda m, x: GPT.forward(m, x)[0],
+        weights=weights[counted].float(),
+    )
+    called = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    opt = sophia(model)
+    for xs, ys in zip(x.split(sizes), y.split(sizes), strict=True):
+        (factor * called(xs, ys)[1]).backward()
+    opt.step()
     assert relative_error(estimate_in_state(opt), expected) < 1e-5
 
 

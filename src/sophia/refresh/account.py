@@ -145,7 +145,7 @@ def _output(recorder: Recorder, of_one: Sequence[tuple[Recording, Outputs]], rea
     parts = [part for _, part in of_one]
     masks = [part.mask for part in parts if part.mask is not None]
     fits = [part.fit for part in parts if part.fit is not None]
-    weights = [p.weights[p.mask] for p in parts if p.weights is not None and p.mask is not None]
+    weights = [p.weights[_counting(p)] for p in parts if p.weights is not None]
     every = torch.cat([each.reshape(-1) for each in weights]) if weights and read else torch.zeros(0)
     if recorder.named:
         name = first.head.name
@@ -165,6 +165,12 @@ def _output(recorder: Recorder, of_one: Sequence[tuple[Recording, Outputs]], rea
         min(fits) if fits else None,
         (float(every.min()), float(every.max()), float(every.sum())) if every.numel() else None,
     )
+
+
+def _counting(part: Outputs) -> Tensor:
+    """Which predictions count, of an output whose weights are known."""
+    assert part.weights is not None
+    return part.weights > 0 if part.mask is None else part.mask
 
 
 def _known_by(recorder: Recorder, recording: Recording, part: Outputs, masked: bool) -> str:

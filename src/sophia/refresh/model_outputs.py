@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "SAME_LOSS",
+    "distances_of_loss",
     "find_logits",
     "find_loss",
     "find_named",
@@ -20,6 +22,10 @@ __all__ = [
     "shift_by_name",
     "tensors_in",
 ]
+
+
+SAME_LOSS = 2e-3
+"""Distance, relative, of two losses that are one."""
 
 
 def find_logits(output: Any) -> Tensor | None:
@@ -131,28 +137,45 @@ def shift_by_name(module: nn.Module) -> int:
     return int(causal or type(base).__name__.endswith(("ForCausalLM", "LMHeadModel")))
 
 
-def shift_by_loss(
+def distances_of_loss(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], logits: Tensor, loss: Tensor | None
-) -> int | None:
+) -> tuple[float, ...]:
+    """How far the returned loss is from the mean cross-entropy of the labels, in units of itself: as they
+    stand, and shifted by one. Empty if there is nothing to compare.
+
+    Divided by ``num_items_in_batch`` instead where that is given, as in `mean_loss`.
+    """
+    labels = _labels_among(args, kwargs, logits.shape[:-1])
+    if labels is None or loss is None or loss.ndim != 0 or logits.ndim not in (2, 3):
+        return ()
+    actual, items = float(loss.detach()), kwargs.get("num_items_in_batch")
+    distances: list[float] = []
+    for shift in (0, 1)[: logits.ndim - 1]:
+        length = logits.shape[-2] - shift
+        z = logits[..., :length, :].reshape(-1, logits.shape[-1])
+        y = labels[..., shift:].reshape(-1)
+        keep = (y >= 0) & (y < z.shape[-1])
+        if not bool(keep.any()):
+            return ()
+        plain = float(F.cross_entropy(z[keep].float(), y[keep].long()))
+        plain *= 1.0 if items is None else float(keep.sum()) / float(items)
+        distances.append(abs(plain - actual) / max(abs(actual), 1e-9))
+    return tuple(distances)
+
+
+def shift_by_loss(distances: Sequence[float]) -> int | None:
     """The alignment under which plain cross-entropy gives the returned loss, if it is unambiguous; else None.
 
     At random initialisation or in bfloat16 both alignments come close: the better one must be ten times
     better.
+
+    >>> shift_by_loss((0.4, 1e-5)), shift_by_loss((2e-4, 1e-4)), shift_by_loss(())
+    (1, None, None)
     """
-    labels = _labels_among(args, kwargs, logits.shape[:-1])
-    if labels is None or loss is None or loss.ndim != 0 or logits.ndim != 3:
+    if len(distances) < 2:
         return None
-    actual = float(loss.detach())
-    distances: list[float] = []
-    for shift in (0, 1):
-        z, y = logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten()
-        keep = (y >= 0) & (y < z.shape[-1])
-        if not bool(keep.any()):
-            return None
-        plain = float(F.cross_entropy(z[keep].float(), y[keep].long()))
-        distances.append(abs(plain - actual) / max(abs(actual), 1e-9))
     near, far = sorted(distances)
-    return distances.index(near) if near < 2e-3 and far > 10 * near else None
+    return distances.index(near) if near < SAME_LOSS and far > 10 * near else None
 
 
 def _labels_among(args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:

@@ -30,7 +30,7 @@ from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
 from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hook import Hook
-from sophia.refresh.model_outputs import find_logits, find_named, tensors_in
+from sophia.refresh.model_outputs import find_logits, find_loss, find_named, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs, own_gradient
 from sophia.refresh.places import at, fields
 from sophia.refresh.recording import Autocast, Outputs, Recording
@@ -83,6 +83,8 @@ class Recorder:
         self._pending: tuple[tuple[Any, ...], Mapping[str, Any], Any] | None = None
         self.label_shift: int | None = None
         """Whether the model shifts its labels itself, once it had to be found out."""
+        self.loss_is_mean = False
+        """Whether the loss that it returns was then seen to be the mean cross-entropy of these labels."""
         self.maximize = False
         """Whether the loss is to be maximised: then its gradient is minus that of a likelihood's."""
         self._handles = [
@@ -116,9 +118,12 @@ class Recorder:
         return any(recording.reached for recording in self.recordings)
 
     def weights_are_equal(self) -> bool:
-        """Whether the weights of all predictions of the step were read, and each forward has one for all."""
+        """Whether the weights of all predictions of the step were read, and each forward has one for all; or
+        no gradient came of which they could be.
+        """
         parts = [part for recording in self.recordings if recording.reached for part in recording.outputs]
-        return bool(parts) and all(p.equal and p.weights is not None and not p.unread for p in parts)
+        read = all(p.mask is None or (p.weights is not None and not p.unread) for p in parts)
+        return bool(parts) and read and all(part.equal for part in parts)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
@@ -177,6 +182,9 @@ class Recorder:
                 if base is not None:
                     tensor, listener = base, Through(tensor, base, listener)
                 tensor.register_hook(listener)  # type: ignore[no-untyped-call]
+        loss = find_loss(output)
+        if loss is not None and loss.ndim == 0 and loss.requires_grad:
+            loss.register_hook(_OfLoss(recording))  # type: ignore[no-untyped-call]
 
     def _is_loss_alone(self, output: Any) -> bool:
         """Whether the estimator finds its loss in an output that has nothing else to offer."""
@@ -272,6 +280,20 @@ class _Listener:
 def _viewed(view: Tensor, returned: Iterable[Tensor]) -> Tensor | None:
     """The returned tensor of which ``view`` is made without changing a number."""
     return next((t for t in returned if t.requires_grad and is_view_of(view, t)), None)
+
+
+class _OfLoss:
+    """Notes the factor of the returned loss in the one that is trained. Weak, as above."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = weakref.ref(recording)
+
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        recording = self._recording()
+        if recording is not None and gradient is not None:
+            so_far = recording.loss_gradient
+            recording.loss_gradient = gradient.detach().clone() if so_far is None else so_far + gradient
 
 
 def _copied(value: Any) -> Any:

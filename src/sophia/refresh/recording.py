@@ -59,6 +59,8 @@ class Outputs:
     """Whether the weights that were read are one number, so that a sample may do next time."""
     weights: Tensor | None = None
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
+    by_labels: bool = False
+    """Whether labels among the inputs say what counts, as no gradient came."""
     unread: bool = False
     """Whether a gradient came whose weights cannot be read."""
     fit: float | None = None
@@ -125,6 +127,8 @@ class Recording:
     """What else the model returned, until it is known whether the loss used it."""
     pairs: list[tuple[int, int]] = field(default_factory=list)
     """Numbers of outputs of which the second is a view of the first."""
+    loss_gradient: Tensor | None = None
+    """What has arrived in the loss that the model returned: its factor in the loss that is trained."""
     first: Place | None = None
     """Where the first of the outputs stands in what the model returned, if it does."""
     name: str = "output"

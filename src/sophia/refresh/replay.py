@@ -22,6 +22,8 @@ from sophia.distributed.wrappers import reshard
 from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import (
+    SAME_LOSS,
+    distances_of_loss,
     find_loss,
     items_of_part,
     labels_mask,
@@ -202,7 +204,7 @@ def are_read(recorder: Recorder, recordings: Sequence[Recording]) -> tuple[bool,
     """Head by head, whether the weights of all predictions that count were read."""
     heads = [[p for r in recordings for p in r.outputs if p.head is head] for head in recorder.heads]
     return tuple(
-        all(part.weights is not None and not part.unread for part in of_head if part.mask is not None)
+        all(p.weights is not None and not p.unread for p in of_head if p.mask is not None or p.by_labels)
         and any(part.weights is not None for part in of_head)
         for of_head in heads
     )
@@ -294,6 +296,8 @@ def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
         return torch.zeros(shape, dtype=torch.bool, device=device)
     mask = _mask_from_labels(recorder, recording, part)
     if mask is not None:
+        part.by_labels = True
+        part.weights = _weights_of_mean(recorder, recording, mask)
         return mask
     where = "the logits" if len(recording.outputs) == 1 else f"the head {part.head.name!r}"
     warnings.warn(
@@ -313,16 +317,30 @@ def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -
     args, kwargs, classes = recording.args, recording.kwargs, part.shape[-1]
     if labels_mask(args, kwargs, shape, classes, shift=0) is None:
         return None
-    if recorder.label_shift is None and len(shape) == 2:
+    if recorder.label_shift is None and len(shape) <= 2:
         # Once per model: one more forward tells whether the model shifts its labels itself. With gradients
         # on, as without them a compiled model would compile again.
         with recording.autocast.again():
             output = recorder.model(*args, **kwargs)
         logits = recorder.find_outputs(output)[recorder.heads.index(part.head)]
-        by_loss = shift_by_loss(args, kwargs, logits.detach(), find_loss(output))
+        distances = distances_of_loss(args, kwargs, logits.detach(), find_loss(output))
         reshard(recorder.model)
-        recorder.label_shift = shift_by_name(recorder.model) if by_loss is None else by_loss
+        by_loss = shift_by_loss(distances)
+        by_name = shift_by_name(recorder.model) if len(shape) == 2 else 0
+        recorder.label_shift = by_name if by_loss is None else by_loss
+        recorder.loss_is_mean = bool(distances) and distances[recorder.label_shift] < SAME_LOSS
     return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
+
+
+def _weights_of_mean(recorder: Recorder, recording: Recording, mask: Tensor) -> Tensor | None:
+    """What each prediction weighs where the model returns the mean cross-entropy of its labels, and a factor
+    of that was trained; None where it does not.
+    """
+    if not recorder.loss_is_mean or recording.loss_gradient is None:
+        return None
+    divisor = recording.kwargs.get("num_items_in_batch")
+    divisor = float(mask.sum()) if divisor is None else float(divisor)
+    return mask * (recording.loss_gradient.float().to(mask.device) / max(divisor, 1.0))
 
 
 def _detached(value: Any) -> Any:
