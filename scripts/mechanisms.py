@@ -314,6 +314,24 @@ MECHANISMS = (
         (f"{FAULTS}replay.py::test_replay_hutchinson_and_a_router_loss[0.125]",),
     ),
     Mechanism(
+        "a mean loss inside a graph is weighed by what arrives in it",
+        "sophia.refresh.replay:_weights_of_mean",
+        nothing,
+        (
+            f"{REFRESH}recorder.py::"
+            "test_a_loss_inside_a_compiled_graph_is_weighed_by_what_arrives_in_it[GPT-one-300.0]",
+        ),
+    ),
+    Mechanism(
+        "a sample stands for the others where weights differ",
+        "sophia.refresh.sampled_reading:_are_equal",
+        constant(True),
+        (
+            f"{REFRESH}sampled_reading.py::"
+            "test_weights_that_differ_again_stand_for_the_others_and_are_read_in_full_next",
+        ),
+    ),
+    Mechanism(
         "cut replays leave compiled graphs alone",
         "sophia.refresh.eager:eager",
         lambda original: nullcontext,
