@@ -51,6 +51,10 @@ class Team:
             process.start()
             theirs.close()
 
+    def is_whole(self) -> bool:
+        """Whether none of its processes has ended since its last case."""
+        return all(process.is_alive() for process in self._processes)
+
     def answers(self, function, *, within: float = CASE_SECONDS, **arguments) -> list[tuple[str, object]]:
         """By rank: ``("ok", value)``, ``("raised", text)``, ``("ended", code)`` or ``("silent", None)``."""
         for pipe in self._pipes:
@@ -102,6 +106,9 @@ def failures(
     size: int, function, *, keep_if_ok: bool = False, within: float = CASE_SECONDS, **arguments
 ) -> list[tuple[str, object]]:
     """As ``run``, for cases in which ranks are to fail: the kind of each rank's answer, and the text."""
+    # A test of killed workers may have ended one between two cases.
+    if size in _teams and not _teams[size].is_whole():
+        _teams.pop(size).close()
     if size not in _teams:
         _teams[size] = Team(size)
     answers = _teams[size].answers(function, within=within, **arguments)
