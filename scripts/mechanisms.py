@@ -315,7 +315,7 @@ MECHANISMS = (
     ),
     Mechanism(
         "a mean loss inside a graph is weighed by what arrives in it",
-        "sophia.refresh.replay:_weights_of_mean",
+        "sophia.refresh.counted:_weights_of_mean",
         nothing,
         (
             f"{REFRESH}recorder.py::"

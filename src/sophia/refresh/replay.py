@@ -8,7 +8,6 @@ number B is too.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia.checks import SophiaWarning
 from sophia.curvature.last_layer import Readout, watched
-from sophia.distributed.wrappers import reshard
+from sophia.refresh.counted import mask_of
 from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import (
-    SAME_LOSS,
-    distances_of_loss,
-    find_loss,
     items_of_part,
-    labels_mask,
     mean_loss,
-    shift_by_loss,
-    shift_by_name,
 )
 from sophia.refresh.recorder import Recorder
-from sophia.refresh.recording import Outputs, Recording
+from sophia.refresh.recording import Recording
 from sophia.refresh.seeds import generator
 
 __all__ = ["Choice", "Replay", "RowsCannotBeTaken", "are_read", "choose", "usable"]
@@ -170,7 +162,7 @@ def choose(
         division: of a single micro-batch into parts that are independent; None to run it whole.
     """
     recordings = usable(recorder)
-    masks = [tuple(_mask(recorder, r, part) for part in r.outputs) for r in recordings]
+    masks = [tuple(mask_of(recorder, r, part) for part in r.outputs) for r in recordings]
     read = are_read(recorder, recordings)
     counts = [_by_head(recorder, r, of_one) for r, of_one in zip(recordings, masks, strict=True)]
     totals = tuple(map(sum, zip(*counts, strict=True)))
@@ -279,68 +271,6 @@ def _replay(
     counts = _by_head(recorder, recording, masks)
     kwargs = items_of_part(kwargs, sum(counts), whole) if cut is not None else kwargs
     return Replay(recorder, recording, args, kwargs, masks, heads, counts, key, cut, weights, share, whole)
-
-
-def _mask(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
-    shape = part.prediction_shape
-    if part.mask is not None:
-        if part.mask.shape != shape or part.mask.dtype != torch.bool:
-            raise RuntimeError(
-                f"mask_fn returned {part.mask.dtype} of shape {tuple(part.mask.shape)}, but the "
-                f"predictions have shape {tuple(shape)}: return a bool mask of that shape"
-            )
-        return part.mask
-    device = next(recorder.model.parameters()).device
-    if part.returned and any(other.mask is not None for other in recording.outputs):
-        # The loss of this step left the head out, as its own output would have got a gradient.
-        return torch.zeros(shape, dtype=torch.bool, device=device)
-    mask = _mask_from_labels(recorder, recording, part)
-    if mask is not None:
-        part.by_labels = True
-        part.weights = _weights_of_mean(recorder, recording, mask)
-        return mask
-    where = "the logits" if len(recording.outputs) == 1 else f"the head {part.head.name!r}"
-    warnings.warn(
-        f"no gradient reached {where} and no labels were found among the inputs: counting every position. "
-        "If some are padding, B is too large; pass mask_fn=",
-        SophiaWarning,
-    )
-    return torch.ones(shape, dtype=torch.bool, device=device)
-
-
-def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor | None:
-    shape = part.prediction_shape
-    classifiers = [head for head in recorder.heads if head.likelihood.event_dims == 1]
-    # With two of them it would be a guess whose labels these are.
-    if classifiers != [part.head] or len(shape) < 1:
-        return None
-    args, kwargs, classes = recording.args, recording.kwargs, part.shape[-1]
-    if labels_mask(args, kwargs, shape, classes, shift=0) is None:
-        return None
-    if recorder.label_shift is None and len(shape) <= 2:
-        # Once per model: one more forward tells whether the model shifts its labels itself. With gradients
-        # on, as without them a compiled model would compile again.
-        with recording.autocast.again():
-            output = recorder.model(*args, **kwargs)
-        logits = recorder.find_outputs(output)[recorder.heads.index(part.head)]
-        distances = distances_of_loss(args, kwargs, logits.detach(), find_loss(output))
-        reshard(recorder.model)
-        by_loss = shift_by_loss(distances)
-        by_name = shift_by_name(recorder.model) if len(shape) == 2 else 0
-        recorder.label_shift = by_name if by_loss is None else by_loss
-        recorder.loss_is_mean = bool(distances) and distances[recorder.label_shift] < SAME_LOSS
-    return labels_mask(args, kwargs, shape, classes, shift=recorder.label_shift or 0)
-
-
-def _weights_of_mean(recorder: Recorder, recording: Recording, mask: Tensor) -> Tensor | None:
-    """What each prediction weighs where the model returns the mean cross-entropy of its labels, and a factor
-    of that was trained; None where it does not.
-    """
-    if not recorder.loss_is_mean or recording.loss_gradient is None:
-        return None
-    divisor = recording.kwargs.get("num_items_in_batch")
-    divisor = float(mask.sum()) if divisor is None else float(divisor)
-    return mask * (recording.loss_gradient.float().to(mask.device) / max(divisor, 1.0))
 
 
 def _detached(value: Any) -> Any:
