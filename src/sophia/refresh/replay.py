@@ -19,10 +19,7 @@ from sophia.curvature.last_layer import Readout, watched
 from sophia.refresh.counted import mask_of
 from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
-from sophia.refresh.model_outputs import (
-    items_of_part,
-    mean_loss,
-)
+from sophia.refresh.model_outputs import items_of_part, mean_loss
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Recording
 from sophia.refresh.seeds import generator
