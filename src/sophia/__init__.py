@@ -1,6 +1,10 @@
 """Sophia: the second-order optimizer of arXiv 2305.14342 as a one-line drop-in for AdamW in PyTorch.
 
-    opt = Sophia(model, lr=6e-4)
+    # was: opt = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
+    opt = Sophia.from_adamw({"lr": 6e-4, "weight_decay": 0.1}, model)
+
+That is half of AdamW's lr, right for the published rule; with ``rule="damped"`` or ``rule="spectral"`` it
+is the whole.
 
 The equation is in ``sophia.update_rule``, the optimizer in ``sophia.optimizer``, the estimators in
 ``sophia.curvature``. The lab (``sophia.lab``, command ``sophia``) needs ``pip install 'torch-sophia[lab]'``.

@@ -57,7 +57,8 @@ class Sophia(torch.optim.Optimizer):
     Args:
         model_or_params: the model (matrices are decayed, vectors are not), or parameters, groups or named
             parameters as for any optimizer of torch; the latter with ``model=``.
-        lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's.
+        lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's: half of
+            AdamW's tuned value for the published rule, the whole for the other two (``from_adamw``).
         betas: decay of m a step, and of h a refresh. None: the paper's (0.96, 0.99), (0.9, 0.9) for the other
             rules.
         gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official

@@ -15,7 +15,7 @@ def test_positions_after_lr_are_refused():
     for part in (
         "got (0.9, 0.95), 1e-08, 0.1 after lr",
         "these are betas, eps, weight_decay",
-        "Write Sophia(model, lr=0.001, weight_decay=0.1)",
+        "write Sophia.from_adamw({'lr': 0.001, 'weight_decay': 0.1}, model)",
     ):
         assert part in str(error.value)
     assert Sophia(nn.Linear(2, 2), 1e-3).defaults["lr"] == 1e-3

@@ -1,9 +1,13 @@
 """Coming from AdamW: what is translated, what is kept, what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import sophia
 from sophia import Sophia
 from tiny import GPT, data
 
@@ -65,6 +69,23 @@ def test_our_own_rules_take_the_lr_as_it_is():
         halved = Sophia.from_adamw({"lr": 1e-2, "weight_decay": 0.1}, model, rule=rule, lr_ratio=0.5)
         assert {g["lr"] for g in halved.param_groups} == {5e-3}
     assert Sophia.from_adamw(adamw, model, rule="paper").param_groups[0]["lr"] == 5e-3
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("place", ["README.md", "docs/drop-in.md", "the package"])
+def test_the_first_line_that_is_copied_has_the_rate_that_is_translated(place):
+    """The line at the top had AdamW's whole lr once, and the page on rates the half."""
+    text = sophia.__doc__ if place == "the package" else (ROOT / place).read_text(encoding="utf-8")
+    was = re.search(r"# was: opt = (torch\.optim\.AdamW\(.*\))\n", text)
+    line = re.search(r"^ *opt = (Sophia.*?)(?:  # .*)?$", text, re.M)
+    assert was.start() < line.start() < was.end() + 10, "the first line is the one beside AdamW's"
+    names = {"torch": torch, "Sophia": Sophia, "model": GPT(layers=1)}
+    adamw, opt = eval(was[1], names), eval(line[1], names)
+    expected = Sophia.from_adamw(adamw, names["model"]).param_groups[0]
+    assert (opt.defaults["lr"], opt.defaults["weight_decay"]) == (expected["lr"], expected["weight_decay"])
+    assert opt.defaults["lr"] < adamw.defaults["lr"]
 
 
 REFUSED = [

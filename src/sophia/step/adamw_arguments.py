@@ -21,14 +21,14 @@ def taken_by_position(lr: Any, values: Sequence[Any]) -> str:
     """
     given = ", ".join(map(repr, values))
     names = ", ".join(_ORDER[: len(values)])
-    decay = f", weight_decay={values[2]!r}" if len(values) > 2 and _is_number(values[2]) else ""
+    decay = repr(values[2]) if len(values) > 2 and _is_number(values[2]) else "..."
     rate = "..." if isinstance(lr, Tensor) else repr(lr)
     return (
         f"Sophia takes the model and lr by position and the rest by name, but got {given} after lr. "
         f"In AdamW's order these are {names}; Sophia's betas are the decay of m a step and of h a refresh, "
-        "and its eps is the floor of gamma h, so AdamW's values do not fit. Write "
-        f"Sophia(model, lr={rate}{decay}), or "
-        "Sophia.from_adamw(adamw, model), and name what else you mean"
+        "and its eps is the floor of gamma h, so AdamW's values do not fit. If lr is AdamW's too, write "
+        f"Sophia.from_adamw({{'lr': {rate}, 'weight_decay': {decay}}}, model), which takes half of it for "
+        "the published rule; else name what you mean"
     )
 
 

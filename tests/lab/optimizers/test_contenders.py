@@ -1,3 +1,4 @@
+import inspect
 import io
 
 import pytest
@@ -246,6 +247,48 @@ def test_the_table_for_people_says_costs_and_spaces(capsys, monkeypatch):
     assert "gamma = 0.05   searched: 0.001 to 1" in out
     assert "warmup = the schedule's   searched: 0.05 or 0.1 or 0.2" in out
     assert "radam" in out
+    assert "In a script: Sophia(model), but that has fraction = 0.125\n" in out
+
+
+LINES = {name: row for name, row in CONTENDERS.items() if row.line}
+
+
+def test_each_contender_of_the_library_names_its_line():
+    """Else what is compared could be another Sophia than the one that is used."""
+    assert set(LINES) == {name for name in CONTENDERS if name.partition("-")[0] == "sophia"}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_contender_is_what_its_line_gives_but_for_what_it_lists(name):
+    """Else a comparison would measure another optimizer than the one line, and nothing would say so."""
+    row, model = LINES[name], gpt2(SMALL, seed=1)
+    built, line = row.build(model, row.settings({}), 0), eval(row.line, {"Sophia": Sophia, "model": model})
+    given, usual = settings_of(built), settings_of(line)
+    other = {setting: usual[setting] for setting in usual if given[setting] != usual[setting]}
+    assert other == row.line_has
+    assert {setting: row.defaults[setting] for setting in other} == {s: given[s] for s in other}
+
+
+def settings_of(optimizer):
+    """Every argument of Sophia's, by name, as this one has it."""
+    arguments = list(inspect.signature(Sophia).parameters)
+    left_out = ("model_or_params", "model", "by_position")
+    values = {
+        name: optimizer.defaults[name] if name in optimizer.defaults else getattr(optimizer, name)
+        for name in arguments
+        if name not in left_out
+    }
+    for name in ("estimator", "likelihood"):
+        values[name] = (type(values[name]), parts(values[name]))
+    return values
+
+
+def parts(thing):
+    """The attributes of an estimator or a likelihood, those of its own parts too."""
+    return {
+        key: (type(value), parts(value)) if hasattr(value, "__dict__") and not callable(value) else value
+        for key, value in vars(thing).items()
+    }
 
 
 def test_the_declared_spaces_hold_what_a_fair_search_needs():

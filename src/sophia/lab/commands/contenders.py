@@ -49,4 +49,12 @@ class Contenders:
                 varied = "" if kind is None else f"   searched: {kind.words}"
                 default = row.defaults.get(name, "the schedule's")
                 console.print(f"  {name} = {default}{varied}", highlight=False, markup=False)
+            if row.line:
+                other = ", ".join(f"{name} = {value}" for name, value in row.line_has.items())
+                console.print(
+                    f"In a script: {row.line}, but that has {other}",
+                    highlight=False,
+                    markup=False,
+                    soft_wrap=True,
+                )
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,12 @@ class Contender:
     parts: tuple[str, ...] = ()
     """The parts of Sophia whose numbers it uses, as in ``sophia.numerics``: their versions are in the names
     of its runs.
+    """
+    line: str = ""
+    """What a training script writes for it, for a contender that the library itself has."""
+    line_has: Settings = field(default_factory=dict)
+    """The settings which that line has otherwise than ``defaults``, by its values. A test holds it to be all
+    of them.
     """
     version: int = 1
     """Of the numbers of its own code; raised by whoever changes them, when they are recorded already."""
