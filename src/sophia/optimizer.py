@@ -363,6 +363,7 @@ class Sophia(torch.optim.Optimizer):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._state_of(parameter, group)
+            self._joins = False  # not every rank need ask
             return []
         # Before the step, as in Algorithm 3: the step uses the h of its own weights.
         with torch.no_grad():
@@ -398,8 +399,9 @@ class Sophia(torch.optim.Optimizer):
 
     def _is_asked_for_empty_state(self) -> bool:
         """Whether ``torch.distributed.checkpoint`` calls: it wants state to load into, and makes it by a step
-        with lr = 0 and zero gradients for the parameters that have none. Read from this rank's shards alone:
-        no collective.
+        with lr = 0 and zero gradients for the parameters that have none, all of them (torch to 2.14) or those
+        that were unfrozen since. Read from this rank's shards, which may be empty, and no collective: one
+        rank may ask alone. So a training forward, which is every rank's, outweighs gradients of zero.
         """
         if any(_number(group["lr"]) != 0 for group in self.param_groups):
             return False

@@ -9,6 +9,7 @@ import torch.distributed.checkpoint as dcp
 from layouts import plain, sophia
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    _init_optim_state,
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
@@ -217,6 +218,19 @@ def test_lazy_initialisation(situation, step):
     """The empty step that makes state to load into: raised, as nothing was recorded, or counted."""
     for found in teams.run(2, asked_for_state, situation=situation):
         assert found == (True, step, float(step), 6e-4)
+
+
+def asked_alone():
+    model, opt = build("shards, damped")
+    if dist.get_rank() == 0:
+        _init_optim_state(opt)
+    train(model, opt, 1)
+    return opt.param_groups[0]["step"], len(opt.state) == len(list(model.parameters()))
+
+
+def test_one_rank_may_ask_alone():
+    """The rms of whole tensors is a collective, for which the rank that asks would wait for ever."""
+    assert teams.run(2, asked_alone) == [(1, True)] * 2
 
 
 def warm_up_from_zero():

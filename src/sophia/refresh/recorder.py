@@ -78,6 +78,8 @@ class Recorder:
         self.sample: tuple[int, ...] | None = None
         """Key of the sample of predictions whose weights are read; None to read all."""
         self.recordings: list[Recording] = []
+        self.unrecorded = False
+        """Whether a training forward came since the last step that was not recorded, as no refresh is due."""
         self.arrivals = Arrivals(self)
         self.witnesses = Witnesses(model)
         self._pending: tuple[tuple[Any, ...], Mapping[str, Any], Any] | None = None
@@ -101,7 +103,7 @@ class Recorder:
     def forget(self) -> None:
         """Drop everything recorded: the step has been taken."""
         self.recordings.clear()
-        self._pending = None
+        self._pending, self.unrecorded = None, False
 
     def forget_reached(self) -> None:
         """Drop the recordings whose backward has run.
@@ -113,9 +115,11 @@ class Recorder:
         self.recordings = [recording for recording in self.recordings if not recording.reached]
 
     def counts(self) -> bool:
-        """Whether a backward came through a recorded forward, and its gradients were not thrown away."""
+        """Whether a backward came through a recorded forward, and its gradients were not thrown away; of one
+        that was not recorded, whether it came.
+        """
         self.arrivals.drop_thrown_away()
-        return any(recording.reached for recording in self.recordings)
+        return self.unrecorded or any(recording.reached for recording in self.recordings)
 
     def weights_are_equal(self) -> bool:
         """Whether the weights of all predictions of the step were read, and each forward has one for all; or
@@ -127,7 +131,10 @@ class Recorder:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
-        if in_sandbox() or not (self.active and model.training and torch.is_grad_enabled()):
+        if in_sandbox() or not (model.training and torch.is_grad_enabled()):
+            return
+        if not self.active:
+            self.unrecorded = True
             return
         if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
             return

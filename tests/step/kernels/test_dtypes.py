@@ -80,7 +80,7 @@ def test_all_paths_store_the_same(dtype, state):
     """
     params, ms = stepped(single_tensor, dtype, state, stochastic=True)
     # Without curvature the step is sign(m): where m came within rounding of zero its sign is anybody's.
-    certain = [torch.as_tensor(np.abs(mean) > 1e-6) for _, mean, _ in exact(dtype, state)]
+    certain = [torch.as_tensor(np.asarray(np.abs(mean) > 1e-6)) for _, mean, _ in exact(dtype, state)]
     for path in (foreach, fused_cpu):
         if not taken(path, dtype, state):
             continue
