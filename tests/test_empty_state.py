@@ -1,4 +1,4 @@
-"""The step with which ``torch.distributed.checkpoint`` asks for empty state: told from a step of the training.
+"""The step with which ``torch.distributed.checkpoint`` asks for empty state, told from a step of a training.
 
 It comes with lr = 0 and zero gradients. Today it comes if no parameter has state; torch's main branch is
 about to ask for each parameter that has none, in the middle of a training too (pytorch#192307).
