@@ -50,20 +50,31 @@ def run(page: str, title: str, **names: object) -> tuple[dict[str, object], list
 
 @contextmanager
 def watching() -> Iterator[list[Taken]]:
-    """Note every step of every Sophia, and compare h before and after it bit for bit."""
+    """Note every step of every Sophia, and compare h before and after it bit for bit.
+
+    In manual mode h is renewed between two steps: there it is compared with what it was after the last one.
+    """
     before: dict[int, tuple[int, torch.Tensor]] = {}
+    last: dict[int, tuple[Sophia, torch.Tensor]] = {}  # with its optimizer, so that no other has its id
     steps: list[Taken] = []
 
     @torch.compiler.disable
     def pre(optimizer, args, kwargs):
         if isinstance(optimizer, Sophia):
-            before[id(optimizer)] = (optimizer.param_groups[0]["step"], _curvature(optimizer))
+            h = _curvature(optimizer)
+            known = last.get(id(optimizer))
+            if optimizer.mode == "manual":
+                h = torch.zeros_like(h) if known is None else known[1]
+            elif known is not None and len(known[1]) == len(h):
+                assert torch.equal(known[1], h), "h has changed between two steps"
+            before[id(optimizer)] = (optimizer.param_groups[0]["step"], h)
 
     @torch.compiler.disable
     def post(optimizer, args, kwargs):
         if isinstance(optimizer, Sophia):
             (step, old), group = before.pop(id(optimizer)), optimizer.param_groups[0]
-            changed = not torch.equal(old, _curvature(optimizer))
+            last[id(optimizer)] = (optimizer, _curvature(optimizer))
+            changed = not torch.equal(old, last[id(optimizer)][1])
             assert changed == (group["refreshed"] == step), "h and the books of the refreshes differ"
             steps.append(Taken(step, changed, group["counted"], float(group["lr"])))
 

@@ -19,7 +19,7 @@ from tiny import GPT, T, data
 
 @pytest.mark.skipif(
     not (importlib.util.find_spec("torchtitan") and importlib.util.find_spec("triton")),
-    reason="needs torchtitan and triton (extra [hosts])",
+    reason="needs torchtitan 0.2.2 and triton",
 )
 @pytest.mark.filterwarnings("ignore")  # torchtitan's imports warn of much
 def test_page():
