@@ -9,6 +9,10 @@ the labels: cross-entropy for ``Categorical``, ``BCEWithLogitsLoss`` for ``Berno
 
 likelihood    what one is, to derive your own from
 categorical   classes
+distillation  classes, and a teacher's softmax at a temperature
+alignments    label sequences without their place in time (CTC)
+aligned       signs of those in a gradient
+comparisons   signs of differences of scores, and of losses of straight pieces
 sampling      drawing them, and a gradient told by its few entries
 elementwise   yes or no, real numbers, counts
 heads         several outputs, each with its likelihood and weight
@@ -17,22 +21,27 @@ lines         the fits behind that
 soft_targets  the same where a teacher gives every class a part
 elements      the same for one number a prediction
 evidence      what is known of gradients that do not fit
+misfit        what a loss seems to be that is not the likelihood's
 problems      what a loss seems to be that is not the likelihood's: a table of causes
 """
 
 from __future__ import annotations
 
+from sophia.likelihoods.alignments import CTC
 from sophia.likelihoods.categorical import Categorical
+from sophia.likelihoods.distillation import Distillation
 from sophia.likelihoods.elementwise import Bernoulli, Gaussian, Poisson
 from sophia.likelihoods.heads import Head, Heads, heads_of
 from sophia.likelihoods.likelihood import Likelihood
-from sophia.likelihoods.problems import Problem
+from sophia.likelihoods.misfit import Problem
 from sophia.likelihoods.sampling import inverse_cdf
 from sophia.likelihoods.weights import Reading
 
 __all__ = [
+    "CTC",
     "Bernoulli",
     "Categorical",
+    "Distillation",
     "Gaussian",
     "Head",
     "Heads",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sophia.likelihoods.aligned import looks_aligned, of_alignments
 from sophia.likelihoods.likelihood import Likelihood
 from sophia.likelihoods.problems import elsewhere
 from sophia.likelihoods.sampling import Contrast, at_least_float32, chunks, counted_rows, fine, inverse_cdf
-from sophia.likelihoods.weights import Probes, Reading, dimension_of_classes, probes_of, read_weights
+from sophia.likelihoods.weights import Reading, dimension_of_classes, probes_of, read_weights
 
 __all__ = ["Categorical"]
 
@@ -93,17 +95,19 @@ class Categorical(Likelihood):
         p = torch.softmax(outputs, -1)
         return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
 
-    def probes(self, outputs: Tensor) -> Probes:
+    def probes(self, outputs: Tensor) -> Any:
         """A few classes of each prediction, and their probabilities."""
         return probes_of(outputs)
 
-    def weights(self, gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
+    def weights(self, gradient: Tensor, probes: Any, counted: Tensor) -> Reading:
         """Slopes of the gradient over the probabilities (``likelihoods.weights``)."""
         reading = read_weights(gradient, probes, counted)
         if reading.weights is None or reading.problem is not None:
             dim = dimension_of_classes(gradient)
             if dim is not None:
                 return Reading(None, elsewhere(dim))
+        if (reading.problem is None or not reading.problem.nonsense) and looks_aligned(gradient, counted):
+            return Reading(reading.weights, of_alignments(), reading.fit)
         return reading
 
     def mismatch(self, gradient: Tensor) -> float:

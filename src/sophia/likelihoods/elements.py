@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sophia.likelihoods.comparisons import in_pairs, in_pieces, of_pairs, of_pieces
 from sophia.likelihoods.lines import TOLERANCE, digits
-from sophia.likelihoods.problems import Problem
+from sophia.likelihoods.misfit import Problem
 from sophia.likelihoods.sampling import fine
 from sophia.likelihoods.soft_targets import bound_is
 from sophia.likelihoods.weights import Reading
@@ -51,6 +52,10 @@ def read_yes_or_no(gradient: Tensor, probabilities: Tensor, counted: Tensor) -> 
     dtype = digits(gradient)
     if not bool(g.isfinite().all()):
         return Reading(None)
+    if _is_one_a_row(counted) and in_pairs(g, dtype):
+        return Reading(None, of_pairs(_ANSWERS))
+    if in_pieces(g, p, dtype):
+        return Reading(None, of_pieces(_ANSWERS))
     each = torch.where(g > 0, g / p.clamp(min=1e-30), -g / (1 - p).clamp(min=1e-12))
     slopes = []
     for part in (g > 0, g < 0):
@@ -107,8 +112,10 @@ def read_counts(gradient: Tensor, kept: Kept, counted: Tensor) -> Reading:
 def read_squares(gradient: Tensor, kept: Kept, counted: Tensor) -> Reading:
     """No weights: a mean is taken for granted. Absolute errors have gradients of one size, and are told."""
     every = counted.reshape(-1)[:: kept.step]
-    g = gradient.detach().reshape(-1)[:: kept.step][every].abs().to(fine(gradient))
-    z = kept.outputs[every].to(g.dtype)
+    signed = gradient.detach().reshape(-1)[:: kept.step][every].to(fine(gradient))
+    g, z, dtype = signed.abs(), kept.outputs[every].to(signed.dtype), digits(gradient)
+    if _is_one_a_row(counted) and kept.step == 1 and in_pairs(signed, dtype):
+        return Reading(None, of_pairs(_SQUARES))
     if len(g) < _ENOUGH or float((z - z.mean()).abs().max()) <= 1e-2 * float(z.abs().max()):
         return Reading(None)
     top = g.max()
@@ -125,6 +132,8 @@ def read_squares(gradient: Tensor, kept: Kept, counted: Tensor) -> Reading:
                 of=_SQUARES,
             ),
         )
+    if in_pieces(signed, z, dtype):
+        return Reading(None, of_pieces(_SQUARES))
     if share >= 0.05 and share * len(g) >= _ENOUGH:
         return Reading(
             None,
@@ -191,6 +200,8 @@ def _soft_or_weighted(lowest: float, highest: float) -> Problem:
         f"{lowest:.2g} to 1; focal losses of two classes have), and its gradient does not tell which; "
         f"somewhere it is at least {highest:.2g} of a mean's",
         "Until it can be told each weighs as in a mean of all elements; if that is not your loss, write a "
-        "likelihood with its curvature (docs/losses.md), or use estimator='hutchinson'",
+        "likelihood with its curvature (docs/losses.md), or use estimator='hutchinson'; if scores of several "
+        "forwards are compared (chosen and rejected), use mode='manual' and hp.sampled_loss(chosen - "
+        "rejected)",
         of=_ANSWERS,
     )

@@ -8,13 +8,14 @@ Asked in order; the first that recognises the gradient names the cause and what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sophia.likelihoods.comparisons import in_pieces, of_pieces
 from sophia.likelihoods.evidence import BALANCE, Evidence
 from sophia.likelihoods.lines import SMALLEST, TOLERANCE
+from sophia.likelihoods.misfit import Problem
 from sophia.likelihoods.sampling import fine
 
 __all__ = [
@@ -30,22 +31,7 @@ __all__ = [
 ]
 
 _BY_HAND = "mode='manual' with opt.hessian_pass()"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why h would not be the curvature of the loss that is trained."""
-
-    name: str
-    """Of its kind, of which is spoken once."""
-    cause: str
-    """What was seen, and what the loss or the output seems to be."""
-    instead: str
-    """What to write."""
-    nonsense: bool = False
-    """Whether h would have nothing to do with the loss: then nothing may move by it."""
-    of: str = "mean or weighted cross-entropy"
-    """The loss of the likelihood."""
+_SIMILARITIES = "pass logits_fn=, a function from the output to the similarities that cross_entropy gets"
 
 
 def find_problem(evidence: Evidence) -> Problem | None:
@@ -62,7 +48,8 @@ def one_column() -> Problem:
         "one column",
         "the output has one column, and a softmax over one class is always 1 and has no curvature",
         "Give likelihood='bernoulli' for yes-or-no answers (BCEWithLogitsLoss), 'gaussian' for numbers "
-        "(MSELoss), 'poisson' for counts",
+        "(MSELoss), 'poisson' for counts; for scores that are compared in pairs (a reward model) 'bernoulli' "
+        "with logits_fn=lambda output: torch.sub(*output.chunk(2)), chosen rows first",
         nonsense=True,
     )
 
@@ -108,7 +95,10 @@ def signs(negative: float) -> Problem:
         f"{negative:.0%} of its predictions have a negative weight (advantages of both signs, a pair of "
         "losses with a minus between them as in preference losses, unlikelihood): such a loss is no "
         "likelihood and has no Gauss-Newton curvature",
-        f"Use {_BY_HAND}, or estimator='hutchinson'",
+        "For preference pairs the prediction is the margin of a pair: likelihood='bernoulli' with a module "
+        f"that returns it, or {_BY_HAND} and hp.sampled_loss(margin). For advantages: {_BY_HAND} and "
+        "hp.sampled_loss(logits, mask) gives the curvature of the policy (Fisher), hp.add(loss, count) with "
+        "estimator='hutchinson' that of the loss",
     )
 
 
@@ -153,8 +143,9 @@ def unread_soft_targets(least: float) -> Problem:
         f"fits ({least:.2g} of a mean's, at least, somewhere). Soft targets of a teacher that excludes no "
         "class leave the weight open; a softmax of the outputs divided by a temperature (distillation), or "
         "of outputs to which something was added, looks the same",
-        "With a temperature T outside of the model pass logits_fn=lambda output: output / T; for other "
-        f"losses use {_BY_HAND}",
+        "For a teacher at a temperature T give likelihood=Distillation(T, hard=..., soft=...) from "
+        "sophia.likelihoods, with the factors of the two parts of the loss; for other losses use "
+        "estimator='hutchinson'",
     )
 
 
@@ -241,7 +232,9 @@ def normalised(e: Evidence) -> Problem | None:
         "normalised",
         "it is at right angles to the outputs, whose length does not matter to it: they are embeddings that "
         "the loss normalises, as a contrast between pairs does, and not the logits",
-        f"Use {_BY_HAND}, where you make the logits, or estimator='hutchinson'",
+        f"If one forward returns both sides, {_SIMILARITIES}; if there are several, use {_BY_HAND} and "
+        "hp.sampled_loss(similarities), once for each direction. For a triplet or another loss of distances "
+        "use estimator='hutchinson'",
         nonsense=True,
     )
 
@@ -264,6 +257,14 @@ def margin(e: Evidence) -> Problem | None:
         "is made of straight pieces and has no curvature, and a cross-entropy's would stand in its place",
         f"Use cross_entropy, or an optimizer without curvature; or {_BY_HAND}",
     )
+
+
+def pieces(e: Evidence) -> Problem | None:
+    """Numbers with straight pieces for losses: quantiles, absolute errors."""
+    counted = e.gradient != 0
+    if e.balanced() or not in_pieces(e.gradient[counted], e.outputs[counted], e.dtype):
+        return None
+    return of_pieces("mean or weighted cross-entropy")
 
 
 def almost(e: Evidence) -> Problem | None:
@@ -303,8 +304,10 @@ def no_logits(e: Evidence) -> Problem | None:
         "cross-entropy: hidden states or embeddings, of which the loss makes the logits; or the loss is "
         "another one",
         "Pass logits_fn=, a function from the output to the logits (logits_fn=lambda hidden: "
-        "model.head(hidden)); for a squared error give likelihood='gaussian', for other losses theirs. Where "
-        f"outputs of several forwards meet in the loss, or one is fed back into the model, use {_BY_HAND}",
+        "model.head(hidden)); for a squared error give likelihood='gaussian', for the margin of a pair "
+        "'bernoulli', for other losses theirs. Where outputs of several forwards meet in the loss, or one is "
+        f"fed back into the model, use {_BY_HAND}, and hp.sampled_loss(logits) for a contrast; for distances "
+        "(a triplet loss) estimator='hutchinson'",
         nonsense=True,
     )
 
@@ -315,6 +318,7 @@ CAUSES: tuple[Callable[[Evidence], Problem | None], ...] = (
     yes_or_no,
     temperature,
     margin,
+    pieces,
     another_softmax,
     # the general ones
     normalised,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sophia.likelihoods.lines import TOLERANCE
-from sophia.likelihoods.problems import Problem, two_classes, unread_soft_targets
+from sophia.likelihoods.misfit import Problem
+from sophia.likelihoods.problems import two_classes, unread_soft_targets
 
 __all__ = ["bound_is", "soft_weights", "weight_of_two_classes"]
 

@@ -25,7 +25,8 @@ from sophia.likelihoods.lines import (
     own_lines,
     shared_line,
 )
-from sophia.likelihoods.problems import Problem, find_problem, of_own_probability, one_column, signs
+from sophia.likelihoods.misfit import Problem
+from sophia.likelihoods.problems import find_problem, of_own_probability, one_column, signs
 from sophia.likelihoods.sampling import fine, rows_per_chunk
 from sophia.likelihoods.soft_targets import soft_weights, weight_of_two_classes
 
@@ -116,7 +117,7 @@ def read_weights(gradient: Tensor, probes: Probes, counted: Tensor) -> Reading:
     taken = _of_log_probabilities(flat[rows], probes.total[rows])
     of_two = taken is None and flat.shape[-1] == 2
     found, good = taken or _on_lines(g, p, dtype)
-    if of_two:  # through two points there is always a line
+    if taken is None and flat.shape[-1] <= FEW:  # through few points, a label's aside, there is always a line
         slack = BALANCE.get(dtype, 1e-4) * (g.norm(dim=1) + found.abs())  # the label's 1 - p is rounded
         good = good & (g.sum(1).abs() <= slack)
     fit: float | None = float(good.float().mean())
