@@ -6,6 +6,7 @@ model, step, refresh, statistics, groups and state dict.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from sophia.distributed.shards import first_element, local
 from sophia.distributed.wrappers import unwrapped
 from sophia.likelihoods import Heads, Likelihood, likelihood_named
 from sophia.refresh.gradient_scale import FAR, words
+from sophia.refresh.module_search import Search
+from sophia.refresh.owners import name_of, owners_of, tensors_given
 from sophia.refresh.ownership import Orphans, in_no_group, nothing_to_train
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refresher import Refresher, is_due, staleness
@@ -32,7 +35,7 @@ from sophia.refresh.seeds import seed_for
 from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
 from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
-from sophia.step.hidden_matrices import groups_by_kind
+from sophia.step.hidden_matrices import groups_by_kind, model_that_tells_kinds
 from sophia.step.kernels.average_curvature import average
 from sophia.step.rounding import key_of_parameter, moved
 from sophia.step.rules import PAPER, RULES
@@ -56,7 +59,7 @@ class Sophia(torch.optim.Optimizer):
 
     Args:
         model_or_params: the model (matrices are decayed, vectors are not), or parameters, groups or named
-            parameters as for any optimizer of torch; the latter with ``model=``.
+            parameters as for any optimizer of torch (decayed as there: all of a group).
         lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's: half of
             AdamW's tuned value for the published rule, the whole for the other two (``from_adamw``).
         betas: decay of m a step, and of h a refresh. None: the paper's (0.96, 0.99), (0.9, 0.9) for the other
@@ -66,7 +69,7 @@ class Sophia(torch.optim.Optimizer):
         eps: floor of the denominator ``gamma h``; above 0.
         weight_decay: decoupled, times lr.
         model: the module whose training forwards are recorded: the one that is really called and returns
-            logits.
+            logits. None: of the modules that own the parameters, the outermost that is called in training.
         rule: ``"paper"``: Algorithm 3, or one of our own with the same buffers (equations in
             ``sophia.update_rule``, measurements in docs/research.md): ``"damped"``, element by element, or
             ``"spectral"``, which bounds the singular values of the steps of hidden matrices and needs them
@@ -166,19 +169,18 @@ class Sophia(torch.optim.Optimizer):
             params: Any = decayed_and_not(model, weight_decay)
         else:
             params = model_or_params
-            if model is None and mode == "replay":
-                raise ValueError(
-                    "Sophia got parameters but no model: pass Sophia(model, ...) or Sophia(params, "
-                    "model=model, ...). Without the model step() could "
-                    "not refresh the Hessian; mode='manual' leaves that to you"
-                )
+        owners: list[nn.Module] = []
+        if model is None and mode == "replay":
+            params, tensors = tensors_given(params)
+            owners = owners_of(tensors) if tensors else []  # torch has words for no parameters
         if by.needs_model:
-            if model is None:
+            if model is None and mode == "manual":
                 raise ValueError(
                     f"rule={rule!r} tells hidden matrices from embeddings and the head by the model: pass "
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
-            params = groups_by_kind(params, model, by)
+            telling = model if model is not None else model_that_tells_kinds(owners, tensors)
+            params = params if telling is None else groups_by_kind(params, telling, by)
         self.mode, self.fraction, self.batch_dim = mode, fraction, batch_dim
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
@@ -215,6 +217,8 @@ class Sophia(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if model is not None:
             self.attach(model)
+        elif owners:
+            self._begin_search(owners)
 
     @classmethod
     def from_adamw(
@@ -266,6 +270,8 @@ class Sophia(torch.optim.Optimizer):
         )
         self._recorder: Recorder | None = None
         self._model: nn.Module | None = None
+        self._search: Search | None = None  # for the model, until the first refresh
+        self._was_found = False
         self._warned: set[str] = set()
         self._reached: set[int] = set()  # parameters that a pass has come to, by id
         self._orphans = Orphans()
@@ -281,29 +287,63 @@ class Sophia(torch.optim.Optimizer):
             RuntimeError: some of the optimizer's parameters are not the model's.
         """
         inner, group = unwrapped(model)
-        if self.process_group is not None:
-            group = self.process_group
         if self.mode == "replay":
             check_ownership(self._parameters(), inner)
         self.detach()
-        self._model, self._refresher.group = inner, group
-        if self.mode == "manual":
-            return
-        self._recorder = Recorder(
-            inner,
+        self._take_model(inner, group)
+
+    def _take_model(self, inner: nn.Module, group: Any) -> None:
+        self._model = inner
+        self._refresher.group = group if self.process_group is None else self.process_group
+        if self.mode == "replay":
+            self._recorder = self._recorder_of(inner)
+            self._listen()
+
+    def _recorder_of(self, model: nn.Module) -> Recorder:
+        return Recorder(
+            model,
             self.likelihood,
             logits_fn=self.logits_fn,
             mask_fn=self.mask_fn,
             copy_inputs=self.copy_inputs,
             needs_outputs=self.estimator.needs_outputs,
         )
-        self._listen()
+
+    def _found(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Record the forwards of a module that owns the parameters, from the one on that begins now."""
+        inner, group = unwrapped(module)
+        check_ownership(self._parameters(), inner)
+        if self._search is None or inner is self._model:
+            return
+        if self._recorder is not None:
+            self._search.leave(self._recorder)
+        self._take_model(inner, group)
+        self._was_found = True
+        _log.info(
+            "Sophia records the training forwards of %s, found by its parameters: of the modules that own "
+            "them (%s) it was called",
+            name_of(inner),
+            self._search,
+        )
+        if inner is module and self._recorder is not None:
+            self._recorder.before(inner, args, dict(kwargs))
 
     def detach(self) -> None:
         """Take the hooks off the model."""
+        self._end_search()
         if self._recorder is not None:
             self._recorder.detach()
         self._recorder = self._model = None
+        self._was_found = False
+
+    def _begin_search(self, owners: list[nn.Module]) -> None:
+        self._end_search()
+        self._search = Search(owners, self._found)
+
+    def _end_search(self) -> None:
+        if self._search is not None:
+            self._search.end()
+        self._search = None
 
     def _listen(self) -> None:
         if self._recorder is not None:
@@ -419,6 +459,8 @@ class Sophia(torch.optim.Optimizer):
         """
         if self._recorder is not None:
             self._recorder.forget_reached()
+        if self._search is not None:
+            self._search.forget(reached=True)
         super().zero_grad(set_to_none)
 
     # ---- the curvature ----
@@ -430,7 +472,8 @@ class Sophia(torch.optim.Optimizer):
             if is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
         ]
         if due and self._something_trains():
-            if self._recorder is None:
+            recorder = self._recorder or self._stand_in()
+            if recorder is None:
                 raise RuntimeError(
                     f"a Hessian refresh is due at step {due[0]['step']}, but no model is attached (a copy "
                     "or an unpickled optimizer has none): call "
@@ -438,17 +481,34 @@ class Sophia(torch.optim.Optimizer):
                 )
             first = self.param_groups[0]
             estimate = self._refresher.replay(
-                self._recorder, self._trained(), seed=first["seed"], step=first["step"]
+                recorder, self._trained(), seed=first["seed"], step=first["step"], search=self._search
             )
+            self._end_search()
             first["share"], first["gradient_scale"] = self._refresher.share, self._refresher.gradient_scale
             first["weights_equal"] = int(self._refresher.weights_equal)
             if not 1 / FAR < (first["gradient_scale"] or 1.0) < FAR:
                 self._warn_once("gradient scale", words(first["gradient_scale"]))
             self._take(estimate, due)
-            if names := self._orphans.left_alone(self._recorder.model, self._parameters()):
+            if names := self._orphans.left_alone(recorder.model, self._parameters()):
                 self._warn_once("in no group", in_no_group(names))
+        self._forget()
+
+    def _stand_in(self) -> Recorder | None:
+        """A recorder of nothing, where the search has found no module: its error is one of all ranks."""
+        outermost = None if self._search is None else self._search.stand_in()
+        if outermost is None:
+            return None
+        inner, group = unwrapped(outermost)
+        self._refresher.group = group if self.process_group is None else self.process_group
+        recorder = self._recorder_of(inner)
+        recorder.detach()
+        return recorder
+
+    def _forget(self) -> None:
         if self._recorder is not None:
             self._recorder.forget()
+        if self._search is not None:
+            self._search.forget()
 
     def _something_trains(self) -> bool:
         """Whether a parameter is not frozen, before anything asks the model for their curvature."""
@@ -621,6 +681,20 @@ class Sophia(torch.optim.Optimizer):
             id(p): moved(key_of_parameter(key, numbers[id(p)]), first_element(p)) for p in group["params"]
         }
 
+    def __repr__(self) -> str:
+        first, line, rest = super().__repr__().partition("\n")
+        return f"{first}{self._of_model()}{line}{rest}"
+
+    def _of_model(self) -> str:
+        if self.mode == "manual":
+            return ""
+        if self._model is not None:
+            how = "found by its parameters" if self._was_found else "given"
+            return f"records {name_of(self._model)}, {how}"
+        if self._search is not None:
+            return f"will record the first that is called in training of {self._search}"
+        return "no model attached"
+
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
@@ -648,13 +722,18 @@ class Sophia(torch.optim.Optimizer):
                 **param_group,
             }
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.is_complex():
-                del self.param_groups[-1]
-                raise ValueError(
-                    "Sophia does not support complex parameters: curvature is defined coordinate by "
-                    "coordinate. Use torch.view_as_real"
-                )
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                if parameter.is_complex():
+                    raise ValueError(
+                        "Sophia does not support complex parameters: curvature is defined coordinate by "
+                        "coordinate. Use torch.view_as_real"
+                    )
+            if self._search is not None and self._recorder is None:
+                self._begin_search(owners_of(self._parameters()))
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()`` of Sophia; m and h keep their precision whatever the parameters' is.
@@ -686,8 +765,7 @@ class Sophia(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
         self._warned.clear()
-        if self._recorder is not None:
-            self._recorder.forget()
+        self._forget()
         self._listen()
         if differing := other_settings(saved_groups, loaded["param_groups"]):
             what = ", ".join(f"{name}={new!r} (not {old!r})" for name, (old, new) in differing.items())
@@ -715,14 +793,18 @@ class Sophia(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes through here too: it keeps the model
-        recorder, model = self.__dict__.get("_recorder"), self.__dict__.get("_model")
+        names = ("_recorder", "_model", "_search", "_was_found")
+        kept = {name: self.__dict__[name] for name in names if name in self.__dict__}
         super().__setstate__(state)
         if "mode" in state:
             self._ready()
-            self._recorder, self._model = recorder, model
+            self.__dict__.update(kept)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+_log = logging.getLogger("sophia")
 
 
 @untraced

@@ -26,7 +26,16 @@ from torch import Tensor, nn
 
 from sophia.distributed.shards import is_dtensor
 
-__all__ = ["Wrapping", "full_shapes", "reducing", "reshard", "unwrapped", "wrapping_of"]
+__all__ = [
+    "Wrapping",
+    "full_shapes",
+    "parameters_at_rest",
+    "reducing",
+    "reshard",
+    "runs_a_method",
+    "unwrapped",
+    "wrapping_of",
+]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -58,6 +67,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
             model = engine.module
         else:
             return model, group
+
+
+def runs_a_method(model: nn.Module) -> bool:
+    """Whether a call of ``model`` that begins now runs another of its methods in the place of its forward.
+
+    Lightning and Fabric lead ``training_step`` through a wrapper (DDP) by a forward that they put there for
+    one call.
+    """
+    forward = vars(model).get("forward")
+    package = str(getattr(forward, "__module__", "")).partition(".")[0]
+    return package in ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def _is_fabric(model: Any) -> bool:
@@ -255,6 +275,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if _fsdp2_groups(module):
             cast("Any", module).reshard()
+
+
+def parameters_at_rest(model: nn.Module) -> list[Tensor]:
+    """A model's parameters as an optimizer holds them, inside of a forward too: there ``fully_shard`` shows
+    others in the place of its shards.
+    """
+    shards: dict[int, Tensor] = {}
+    for module in model.modules():
+        for group in _fsdp2_groups(module):
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                shards[id(parameter.sharded_param if whole is None else whole)] = parameter.sharded_param
+    return [shards.get(id(parameter), parameter) for parameter in model.parameters()]
 
 
 def _waits(parameter: Any) -> bool:

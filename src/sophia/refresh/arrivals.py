@@ -20,6 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from sophia.checks import SophiaWarning
 from sophia.distributed.shards import is_dtensor
+from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.gradient_scale import GradientScale
 
 __all__ = ["MOST", "MOST_UNUSED", "Arrivals", "Reachable"]
@@ -59,9 +60,8 @@ class Arrivals:
 
     def __init__(self, holder: Holder) -> None:
         self._holder = weakref.ref(holder)
-        # Those of this moment, which the optimizer holds: fully_shard puts others in their place while it
-        # runs the model. FSDP1 moves gradients about, so that nothing can be told from their absence.
-        self._parameters = list(holder.model.parameters())
+        # FSDP1 moves gradients about, so that nothing can be told from their absence.
+        self._parameters = parameters_at_rest(holder.model)
         if any(getattr(p, "_fsdp_flattened", False) for p in self._parameters):
             self._parameters = []
         self._task: int | None = None  # of the backward that is running

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sophia.distributed.shards import is_dtensor, local
+from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.moved_state import State
 from sophia.refresh.noise import Noise, cuda_devices
 
@@ -84,8 +85,7 @@ class Witnesses:
     """Notes the conditions of the recorded forwards of one model."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Those of this moment: fully_shard puts others in their place while it runs the model.
-        self._parameters = list(model.parameters())
+        self._parameters = parameters_at_rest(model)
         # FSDP1 moves the memory of its parameters about: nothing can be told of them.
         self._can_prove = not any(getattr(p, "_fsdp_flattened", False) for p in self._parameters)
         self.proved: dict[Hashable, str | None] = {}

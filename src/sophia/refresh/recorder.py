@@ -38,7 +38,19 @@ from sophia.refresh.sampled_reading import read, take_probes
 from sophia.refresh.sandbox import in_sandbox
 from sophia.refresh.views import Through, is_view_of
 
-__all__ = ["Autocast", "Outputs", "Recorder", "Recording"]
+__all__ = ["Autocast", "Outputs", "Recorder", "Recording", "is_training_forward"]
+
+
+def is_training_forward(model: nn.Module) -> bool:
+    """Whether a forward of ``model`` that begins now may be one of a training step."""
+    if in_sandbox() or not (model.training and torch.is_grad_enabled()):
+        return False
+    if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # inside torch.func (vmap, grad, hessian) there is no .grad, and no step follows
+    # All frozen, as a discriminator in its generator's step: then the loss is not about it.
+    return any(p.requires_grad for p in model.parameters())
 
 
 class Recorder:
@@ -94,10 +106,15 @@ class Recorder:
             model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
         ]
 
-    def detach(self) -> None:
-        """Take the hooks off the model."""
+    def unhook(self) -> None:
+        """Take the hooks off the model; what was recorded stays."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def detach(self) -> None:
+        """Take the hooks off the model, and forget."""
+        self.unhook()
         self.forget()
 
     def forget(self) -> None:
@@ -131,17 +148,11 @@ class Recorder:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
-        if in_sandbox() or not (model.training and torch.is_grad_enabled()):
+        if not is_training_forward(model):
             return
         if not self.active:
             self.unrecorded = True
             return
-        if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
-            return
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return  # inside torch.func (vmap, grad, hessian) there is no .grad, and no step follows
-        if not any(p.requires_grad for p in model.parameters()):
-            return  # all frozen, as a discriminator in its generator's step: this loss is not about it
         self.arrivals.tidy()
         if getattr(model, "_is_replica", False):
             raise RuntimeError(

@@ -27,6 +27,7 @@ from sophia.refresh.account import Account, account_of
 from sophia.refresh.cuts import Cuts
 from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
 from sophia.refresh.misread import Misread
+from sophia.refresh.module_search import Search
 from sophia.refresh.proof import prove
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.refusals import check_recorded
@@ -96,14 +97,25 @@ class Refresher:
         self._nothing = 0  # passes in a row of which nothing arrived in the parameters
         self._said: set[str] = set()
 
-    def replay(self, recorder: Recorder, parameters: list[Tensor], *, seed: int, step: int) -> Estimate:
-        """Estimate the curvature from the recorded forwards.
+    def replay(
+        self,
+        recorder: Recorder,
+        parameters: list[Tensor],
+        *,
+        seed: int,
+        step: int,
+        search: Search | None = None,
+    ) -> Estimate:
+        """Estimate the curvature from the recorded forwards; ``search``, if there is one, has found their
+        module.
 
         Raises:
             RuntimeError: no forward was recorded, inputs were overwritten, or the parameters are no longer
             the model's.
         """
         self.check_estimator(parameters)
+        if search is not None:
+            search.look()
         ranks = self.ranks(recorder.model, parameters)
         # Before the sandbox puts the gradients aside. Summed, as a rank's shards may be empty.
         scale = measured(*(ranks.total(product) for product in recorder.arrivals.scale.products()))
@@ -118,7 +130,7 @@ class Refresher:
             sandbox(recorder.model, parameters, seed=dropout, moving=moving),
             reducing(recorder.model),
         ):
-            ranks.together(lambda: self._check_recorded(recorder, parameters, step))
+            ranks.together(lambda: self._check_recorded(recorder, parameters, step, search))
             for what, words in prove(recorder, parameters, ranks):
                 self._say(what, words)
             division = self.cuts.division(recorder, ranks, key)
@@ -153,8 +165,12 @@ class Refresher:
                 for parameter in parameters:
                     parameter.grad = None
 
-    def _check_recorded(self, recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
+    def _check_recorded(
+        self, recorder: Recorder, parameters: Sequence[Tensor], step: int, search: Search | None
+    ) -> None:
         """Raise RuntimeError where nothing was recorded, or nothing of which h could be made."""
+        if search is not None:
+            search.check(recorder)
         check_recorded(recorder, parameters, step)
         if self.estimator.needs_outputs:
             self._misread.check(usable(recorder), type(recorder.model).__name__)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.replay import usable
 
@@ -32,7 +33,7 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
 
 def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:
     """Raise RuntimeError unless all parameters of the optimizer are parameters of the attached model."""
-    owned = {id(parameter) for parameter in model.parameters()}
+    owned = {id(parameter) for parameter in parameters_at_rest(model)}
     lost = sum(id(parameter) not in owned for parameter in parameters)
     if lost:
         raise RuntimeError(

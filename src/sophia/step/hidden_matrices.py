@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sophia.step.groups import is_vector
 from sophia.step.rules import Rule
 
-__all__ = ["groups_by_kind", "hidden_matrices"]
+__all__ = ["groups_by_kind", "hidden_matrices", "model_that_tells_kinds"]
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
@@ -51,6 +51,35 @@ def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[
         groups += [{**group, "params": some, "rule": r, "scale": s} for (r, s), some in kinds.items() if some]
         groups += [] if members else [dict(group)]  # torch has words for an empty group
     return groups
+
+
+def model_that_tells_kinds(owners: Sequence[nn.Module], parameters: Sequence[Tensor]) -> nn.Module | None:
+    """The model among modules that all own these parameters, of which some are wrappers of it and some its
+    parts; None if there is none.
+
+    A part may lack the head: a backbone owns a head's weight that is tied to its embeddings, and the linear
+    layer registered last is another there. So who names the head is believed, or else who has these
+    parameters in the most places; then all must tell the same.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ours = {id(parameter) for parameter in parameters}
+    telling = [m for m in owners if callable(f := getattr(m, "get_output_embeddings", None)) and f()]
+    if not telling:
+        places = [sum(id(p) in ours for m in o.modules() for p in m._parameters.values()) for o in owners]
+        telling = [owner for owner, number in zip(owners, places, strict=True) if number == max(places)]
+    told = [{id(p) for p in _hidden(owner)} & ours for owner in telling]
+    for owner, hidden in zip(telling, told, strict=True):
+        if hidden != told[-1]:
+            shape = next(tuple(p.shape) for p in parameters if id(p) in hidden ^ told[-1])
+            raise ValueError(
+                f"{type(owner).__name__} and {type(telling[-1]).__name__} both own the parameters, and in "
+                f"one of them the matrix of shape {shape} is the head (the linear layer registered last), "
+                "which moves by another rate than hidden matrices, in the other it is not. Pass "
+                "Sophia(model, ...) or Sophia(params, model=model, ...)"
+            )
+    return telling[-1] if telling else None
 
 
 def _hidden(model: nn.Module) -> list[Tensor]:
