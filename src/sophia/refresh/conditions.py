@@ -153,7 +153,10 @@ class _Noted:
 
 
 def _some(parameter: Tensor) -> Tensor:
-    return entries(local(parameter), _ENTRIES)
+    some = entries(local(parameter), _ENTRIES)
+    # Weights that are kept in eight bits (torchao) have an arithmetic, whose results are ordinary tensors,
+    # but cannot be compared with each other.
+    return some if type(some) is Tensor else some * 1.0
 
 
 def sampled(outputs: Iterable[Tensor]) -> list[tuple[torch.Size, Tensor]]:

@@ -20,6 +20,7 @@ from sophia.distributed.wrappers import runs_a_method, unwrapped
 from sophia.refresh.hook import Hook
 from sophia.refresh.owners import name_of
 from sophia.refresh.recorder import Recorder, is_training_forward
+from sophia.refresh.refusals import BY_HAND
 
 __all__ = ["Search"]
 
@@ -87,8 +88,9 @@ class Search:
             raise RuntimeError(
                 f"a Hessian refresh is due, but no module that owns the parameters ({self}) ran a forward in "
                 "training mode. Hooks see the call model(...), and not one of another method, or one that a "
-                "class has overridden (__call__). Call model.train() and model(...), or use mode='manual'. "
-                "Modules made after the optimizer are not looked at: pass them to opt.attach(module)"
+                "class has overridden (__call__, as GPyTorch does). Call model.train() and model(...), or "
+                "use mode='manual'. Modules made after the optimizer are not looked at: pass them to "
+                f"opt.attach(module). {BY_HAND}"
             )
 
     def stand_in(self) -> nn.Module | None:

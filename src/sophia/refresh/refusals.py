@@ -10,20 +10,30 @@ from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.replay import usable
 
-__all__ = ["check_ownership", "check_recorded"]
+__all__ = ["BY_HAND", "check_ownership", "check_recorded"]
 
+BY_HAND = (
+    "By hand: mode='manual' and, every ten steps or so, `with opt.hessian_pass() as hp:` with "
+    "hp.sampled_loss(logits).backward() where there are logits, or with estimator='hutchinson' and "
+    "hp.add(loss, count), which needs the loss alone"
+)
+"""What to write where forwards cannot be recorded."""
 _OF_ROWS = ("grad_sample", "_norm_sample")  # a gradient, or its norm, for every example
 
 
 def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
     """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
     if not recorder.recordings:
+        # Ghost clipping clears, between its two backwards, what the first has come through.
+        check_no_gradients_of_rows(recorder.model)
+        own = type(recorder.model).__call__ is not nn.Module.__call__
+        passes = ", or its own __call__ passes by the hooks of torch.nn.Module (as those of GPyTorch do)"
         raise RuntimeError(
             f"a Hessian refresh is due at step {step}, but the attached module "
-            f"{type(recorder.model).__name__} ran no forward in training mode "
-            "since the last step. Pass the module that is really called and returns logits (not a "
-            "LightningModule or wrapper), call "
-            "model.train(), or use mode='manual'"
+            f"{type(recorder.model).__name__} ran no forward in training mode since the last step"
+            f"{passes if own else ''}. Pass the module that is really called and returns logits (not a "
+            "LightningModule or wrapper), call model.train(), or use mode='manual', as where the loop calls "
+            f"another method of the module (policy.evaluate_actions(...)), which no hook sees. {BY_HAND}"
         )
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
@@ -53,7 +63,7 @@ def check_no_gradients_of_rows(model: nn.Module) -> None:
             "wrappers for private training leave them. A refresh would make h from raw rows, neither clipped "
             "nor noised and unknown to the privacy accountant, and would put gradients for sampled labels in "
             "the place of grad_sample. Use mode='manual', and renew h by opt.hessian_pass() on public data, "
-            "with the model without its wrapper"
+            "with the wrapper's hooks off (Opacus: disable_hooks(), and enable_hooks() afterwards)"
         )
 
 
