@@ -288,7 +288,7 @@ class Sophia(torch.optim.Optimizer):
         """
         inner, group = unwrapped(model)
         if self.mode == "replay":
-            check_ownership(self._parameters(), inner)
+            check_ownership(self._trained() or self._parameters(), inner)
         self.detach()
         self._take_model(inner, group)
 
@@ -312,7 +312,7 @@ class Sophia(torch.optim.Optimizer):
     def _found(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Record the forwards of a module that owns the parameters, from the one on that begins now."""
         inner, group = unwrapped(module)
-        check_ownership(self._parameters(), inner)
+        check_ownership(self._trained() or self._parameters(), inner)
         if self._search is None or inner is self._model:
             return
         if self._recorder is not None:

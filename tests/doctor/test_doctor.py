@@ -354,6 +354,14 @@ def test_a_subclass_gets_the_model():
     assert not texts(check_training(example, Mine, steps=8), "wrong")
 
 
+def test_the_module_that_was_found_is_named():
+    """An optimizer that is said to be attached to nothing, before the first forward."""
+    findings = check_training(example, lambda model: Sophia(model.parameters(), lr=1e-3), steps=12)
+    assert "Sophia records ExampleModel, found by its parameters" in texts(findings, "ok")
+    assert not texts(findings, "wrong")
+    assert "attached" not in texts(findings, "note")
+
+
 def test_a_class_that_cannot_be_made_is_wrong():
     """The error of a constructor, as a traceback."""
     findings = check_training(example, lambda model: Sophia(model, lr=-1.0), steps=8)

@@ -391,6 +391,24 @@ def test_nobody_owns_all():
     assert hooked(encoder) == hooked(decoder) == []
 
 
+def test_a_frozen_part_may_lie_elsewhere():
+    """A teacher, or a network that measures, among the ``self.parameters()`` of a LightningModule."""
+    holder = Beside(Bare())
+    holder.meter.requires_grad_(False)
+    for named in (None, holder.model):
+        opt = Sophia(holder.parameters(), model=named, **SETTINGS)
+        holder.training_step(*data(8)).backward()
+        opt.step()
+        assert opt._model is holder.model
+    holder.meter.requires_grad_(True)
+    for _ in range(2):
+        holder.training_step(*data(8)).backward()
+        if opt.param_groups[0]["step"] == 1:
+            opt.step()
+    with pytest.raises(RuntimeError, match=r"2 of 30 optimizer parameters are not, or no longer"):
+        opt.step()
+
+
 def test_a_list_of_modules_is_not_the_one_that_is_called():
     """``nn.ModuleList`` has no forward: hooks on it wait for ever."""
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])

@@ -113,6 +113,8 @@ def _training(
     except Exception as error:
         yield Finding("model", "wrong", f"{type(error).__name__}: {error}")
         return
+    if isinstance(run.optimizer, Sophia) and run.optimizer._was_found:
+        yield Finding("model", "ok", f"Sophia {run.optimizer._of_model()}")
     other = make_subject()
     other.model.train()
     control = _Run(other, torch.optim.AdamW(other.model.parameters(), lr=lr))
@@ -154,7 +156,7 @@ def _attached(run: _Run) -> Iterator[Finding]:
     optimizer, name = run.optimizer, type(run.subject.model).__name__
     size = sum(p.numel() for p in run.subject.model.parameters())
     yield Finding("model", "ok", f"{name}, {size:,} parameters", {"model": name, "parameters": size})
-    if not isinstance(optimizer, Sophia) or optimizer._recorder is None:
+    if not isinstance(optimizer, Sophia) or (optimizer._recorder is None and optimizer._search is None):
         kind = type(optimizer).__name__
         yield Finding(
             "model",
@@ -167,11 +169,13 @@ def _attached(run: _Run) -> Iterator[Finding]:
 def _outputs_seen(run: _Run) -> tuple[OfOutput, ...]:
     """What one forward and backward show, for a step that does not come to its refresh."""
     optimizer = run.optimizer
-    if not isinstance(optimizer, Sophia) or optimizer._recorder is None:
+    if not isinstance(optimizer, Sophia) or (optimizer._recorder is None and optimizer._search is None):
         return ()
     loss = run.subject.loss()
     loss.backward()  # type: ignore[no-untyped-call]
     recorder = optimizer._recorder
+    if recorder is None:  # none of the modules that own the parameters was called: the step will say it
+        return ()
     reached = any(recording.reached for recording in recorder.recordings)
     seen = outputs_in(recorder) if reached else ()
     optimizer.zero_grad()

@@ -20,14 +20,15 @@ _SHOWN = 3
 
 
 def owners_of(parameters: Sequence[Tensor]) -> list[nn.Module]:
-    """The modules that can be called and whose parameters are all of these and any others, from the outermost
-    to the innermost.
+    """The modules that can be called and hold all of these parameters that are not frozen, and any others,
+    from the outermost to the innermost. What is frozen may lie elsewhere (a teacher beside the model).
 
     Raises:
         ValueError: there is none.
     """
     parents: dict[int, list[nn.Module]] = defaultdict(list)
     holders: dict[int, list[nn.Module]] = defaultdict(list)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad] or parameters
     wanted = {id(parameter) for parameter in parameters}
     for module in _alive():
         # A module that is being built may have neither yet.

@@ -64,7 +64,8 @@ def model_that_tells_kinds(owners: Sequence[nn.Module], parameters: Sequence[Ten
     Raises:
         ValueError: they do not.
     """
-    ours = {id(parameter) for parameter in parameters}
+    ours = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    ours = ours or {id(parameter) for parameter in parameters}
     telling = [m for m in owners if callable(f := getattr(m, "get_output_embeddings", None)) and f()]
     if not telling:
         places = [sum(id(p) in ours for m in o.modules() for p in m._parameters.values()) for o in owners]
