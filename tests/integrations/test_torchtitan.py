@@ -14,28 +14,94 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sophia import Sophia
 from sophia.step.kernels import fused_cpu
-from tiny import GPT, T, data
+from tiny import GPT, Bare, LabelsFromLogits, T, V, data, estimate_in_state, oracle, relative_error
 
-
-@pytest.mark.skipif(
+needs_torchtitan = pytest.mark.skipif(
     not (importlib.util.find_spec("torchtitan") and importlib.util.find_spec("triton")),
-    reason="needs torchtitan 0.2.2 and triton",
+    reason="needs torchtitan and triton (extra [hosts-pretraining])",
 )
+
+
+def cross_entropy_of_torchtitan(*, chunks=0):
+    """Its sum over the tokens, divided by a count; of chunks that it makes the logits of, if any."""
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.config import CompileConfig
+
+    config = CrossEntropyLoss.Config(global_vocab_size=V)
+    if chunks:
+        config = ChunkedLossWrapper.Config(num_chunks=chunks, loss_fn=config)
+    return config.build(compile_config=CompileConfig())
+
+
+@needs_torchtitan
 @pytest.mark.filterwarnings("ignore")  # torchtitan's imports warn of much
 def test_page():
-    """A container that passes settings on to the class, and a schedule that looks into its groups."""
+    """A container that knows no model, and a schedule that looks into its groups."""
     names, steps = run(
-        "torchtitan.md", "The optimizer container", model=GPT(), batches=pairs(96, batch_size=4)
+        "torchtitan.md",
+        "The optimizer container",
+        model=Bare(),
+        batches=pairs(96, batch_size=4),
+        loss_fn=cross_entropy_of_torchtitan(),
+        tokens=torch.tensor(8 * T),
     )
     assert [taken.step for taken in steps] == list(range(12))
     assert refreshed(steps) == [0, 10]
     assert {taken.counted for taken in steps} == {4 * T}
-    assert steps[0].lr < steps[-1].lr == 6e-4
-    again = GPT()
-    settings = {"model": again, "fused": False, "foreach": True}
-    other = type(names["optimizers"])([again], Sophia, settings)
+    assert steps[0].lr < steps[4].lr == 3e-4
+    again = Bare()
+    other = names["Optimizers"].Config(param_groups=[names["every"]]).build(model_parts=[again])
     other.load_state_dict(names["optimizers"].state_dict())
     assert_same_state(names["model"], names["optimizers"].optimizers[0], again, other.optimizers[0])
+
+
+@needs_torchtitan
+@pytest.mark.filterwarnings("ignore")
+def test_h_under_its_loss_is_the_oracle():
+    """A sum over the tokens, divided by the count of the whole step, with tokens that do not count."""
+    model, (x, y) = Bare(), data(padded=True)
+    labels, loss_fn = y.masked_fill(y < 0, -100), cross_entropy_of_torchtitan()
+    expected, count = oracle(model, x, y >= 0, lambda m, x: m(x))
+    settings = {"fraction": 1.0, "likelihood": LabelsFromLogits()}
+    opt = Sophia(model.parameters(), lr=0.0, weight_decay=0.0, **settings)
+    for xs, ys in zip(x.split(4), labels.split(4), strict=True):
+        loss_fn(model(xs), ys, torch.tensor(count))[0].backward()
+    opt.step()
+    assert opt.stats()["B"] == count
+    assert relative_error(estimate_in_state(opt), expected) < 1e-5
+
+
+class Headless(Bare):
+    """A model as torchtitan's are for the chunked loss: hidden states, to which the loss applies the head."""
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+@needs_torchtitan
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("told", [False, True], ids=["plain", "logits_fn"])
+def test_the_chunked_loss(told):
+    """Hidden states that are taken for logits; or a way out that is named and is wrong."""
+    model, (x, y) = Headless(tied=False), data(4)
+    loss_fn = cross_entropy_of_torchtitan(chunks=4)
+    loss_fn.set_lm_head(model.head)
+    expected, count = oracle(model, x, y >= 0, lambda m, x: m.head(m(x)))
+    extra = {"logits_fn": lambda hidden: model.head(hidden)} if told else {}
+    opt = Sophia(model.parameters(), lr=0.0, fraction=1.0, likelihood=LabelsFromLogits(), **extra)
+    loss_fn(model(x), y, torch.tensor(count))[0].backward()
+    if not told:
+        with pytest.raises(
+            RuntimeError, match=r"hidden states.*logits_fn=lambda hidden: model\.head\(hidden\)"
+        ):
+            opt.step()
+        return
+    opt.step()
+    assert opt.stats()["B"] == count
+    assert relative_error(estimate_in_state(opt), expected) < 1e-5
 
 
 class Container(torch.optim.Optimizer):
