@@ -51,11 +51,13 @@ def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
         part.weights = _weights_of_mean(recorder, recording, mask)
         return mask
     where = "the logits" if len(recording.outputs) == 1 else f"the head {part.head.name!r}"
-    warnings.warn(
-        f"no gradient reached {where} and no labels were found among the inputs: counting every position. "
-        "If some are padding, B is too large; pass mask_fn=",
-        SophiaWarning,
-    )
+    if where not in recorder.guessed:
+        recorder.guessed.add(where)
+        warnings.warn(
+            f"no gradient reached {where} and no labels were found among the inputs: counting every "
+            "position. If some are padding, B is too large; pass mask_fn=",
+            SophiaWarning,
+        )
     return torch.ones(shape, dtype=torch.bool, device=device)
 
 

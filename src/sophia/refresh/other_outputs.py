@@ -123,6 +123,8 @@ class OtherOutputs:
                 numbers[id(one)] in other.kin.parts for one in used
             )
             known = self.silent or through or other.of_view or other.part.place in self._joined
+            # A first output that is no logits at all is spoken of instead (``misread.py``).
+            known |= any(problem.nonsense for problem in recording.outputs[0].problems)
             if other.unlike and not known and not self._cannot_tell(recording, other):
                 raise RuntimeError(_another_kind(self.model, recording, other, used))
         return taken

@@ -28,6 +28,7 @@ from torch._compile import _disable_dynamo as untraced
 from sophia.distributed.shards import is_dtensor
 from sophia.likelihoods import Head, Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
+from sophia.refresh.computed import Computed
 from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hook import Hook
 from sophia.refresh.model_outputs import find_logits, find_loss, find_named, tensors_in
@@ -99,6 +100,8 @@ class Recorder:
         """Whether the model shifts its labels itself, once it had to be found out."""
         self.loss_is_mean = False
         """Whether the loss that it returns was then seen to be the mean cross-entropy of these labels."""
+        self.guessed: set[str] = set()
+        """Outputs of which it was said that all of their predictions are counted."""
         self.maximize = False
         """Whether the loss is to be maximised: then its gradient is minus that of a likelihood's."""
         self._handles = [
@@ -191,11 +194,19 @@ class Recorder:
             for part, mask in zip(recording.outputs, masks, strict=True):
                 part.mask = mask
             return
-        for part, tensor in zip(recording.outputs, found, strict=True):
+        bases = [
+            None if p.returned else _viewed(t, returned.values())
+            for p, t in zip(recording.outputs, found, strict=True)
+        ]
+        computes = any(not p.returned and b is None for p, b in zip(recording.outputs, bases, strict=True))
+        if computes and self.logits_fn is not None:
+            recording.computed = Computed.of(output, self.find_outputs)
+        for part, tensor, base in zip(recording.outputs, found, bases, strict=True):
+            # Where one head is computed from another, the gradient in the other is that of both.
+            part.shared = computes and (part.returned or base is not None)
             if tensor.requires_grad:
                 take_probes(part, tensor, self.sample)
                 # A view that logits_fn has made is not what the loss is made of: its gradient stays away.
-                base = None if part.returned else _viewed(tensor, returned.values())
                 listener: Any = _Listener(part, self)
                 if base is not None:
                     tensor, listener = base, Through(tensor, base, listener)
@@ -203,6 +214,10 @@ class Recorder:
         loss = find_loss(output)
         if loss is not None and loss.ndim == 0 and loss.requires_grad:
             loss.register_hook(_OfLoss(recording))  # type: ignore[no-untyped-call]
+
+    def listen_to(self, part: Outputs) -> _Listener:
+        """What reads the gradient of an output."""
+        return _Listener(part, self)
 
     def _is_loss_alone(self, output: Any) -> bool:
         """Whether the estimator finds its loss in an output that has nothing else to offer."""
@@ -287,6 +302,10 @@ class _Listener:
             return  # a compiled graph with the loss inside gives no gradient to the logits
         gradient = own_gradient(outputs, gradient, always=recorder.named)
         counted = outputs.head.likelihood.counted(gradient)
+        if outputs.shared:
+            outputs.unread = True
+            outputs.mask = counted if outputs.mask is None else outputs.mask | counted
+            return
         turned = -gradient if recorder.maximize else gradient
         reading = read(outputs, turned, counted)
         if reading.problem is not None:

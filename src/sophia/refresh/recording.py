@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from sophia.likelihoods import Head, Problem, Reading
+from sophia.refresh.computed import Computed
 from sophia.refresh.conditions import Conditions
 from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
@@ -61,6 +62,8 @@ class Outputs:
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
     by_labels: bool = False
     """Whether labels among the inputs say what counts, as no gradient came."""
+    shared: bool = False
+    """Whether another head is computed from it, so that its gradient is not that of its own loss alone."""
     unread: bool = False
     """Whether a gradient came whose weights cannot be read."""
     fit: float | None = None
@@ -127,6 +130,8 @@ class Recording:
     """What else the model returned, until it is known whether the loss used it."""
     pairs: list[tuple[int, int]] = field(default_factory=list)
     """Numbers of outputs of which the second is a view of the first."""
+    computed: Computed | None = None
+    """Logits that ``logits_fn`` computes, until it is known what has arrived in what they are made of."""
     loss_gradient: Tensor | None = None
     """What has arrived in the loss that the model returned: its factor in the loss that is trained."""
     first: Place | None = None

@@ -119,7 +119,6 @@ class Refresher:
         ranks = self.ranks(recorder.model, parameters)
         # Before the sandbox puts the gradients aside. Summed, as a rank's shards may be empty.
         scale = measured(*(ranks.total(product) for product in recorder.arrivals.scale.products()))
-        self.weights_equal = not ranks.any_of(not recorder.weights_are_equal())[0]
         key = (seed, step, ranks.number)
 
         def chosen() -> Choice:
@@ -131,6 +130,7 @@ class Refresher:
             reducing(recorder.model),
         ):
             ranks.together(lambda: self._check_recorded(recorder, parameters, step, search))
+            self.weights_equal = not ranks.any_of(not recorder.weights_are_equal())[0]
             for what, words in prove(recorder, parameters, ranks):
                 self._say(what, words)
             division = self.cuts.division(recorder, ranks, key)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sophia.distributed.wrappers import parameters_at_rest
+from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.replay import usable
 
@@ -38,6 +39,8 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
     check_own_parameters(recorder)
+    for recording in usable(recorder):
+        read_computed(recorder, recording)
     recorder.other_outputs.settle(usable(recorder))
 
 
