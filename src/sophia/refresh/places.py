@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Place", "at", "fields", "places_in", "written"]
+__all__ = ["Place", "at", "fields", "names_in", "places_in", "written"]
 
 Place = tuple[Hashable, ...]
 """Names and numbers, from the outside in: ``("aux",)``, ``(0, 2)``; empty for the output itself."""
@@ -61,3 +61,10 @@ def written(output: Any, place: Place) -> str:
     plain = not isinstance(output, (tuple, list, Mapping))
     first = "".join(f".{name}" if plain else f"[{name!r}]" for name in place[:1])
     return f"output{first}" + "".join(f"[{name!r}]" for name in place[1:])
+
+
+def names_in(output: Any) -> str:
+    """The tensors that an output does have, by name, for a message."""
+    held = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    names = [str(name) for name, value in held.items() if isinstance(value, Tensor)]
+    return f", which holds {', '.join(names[:8])}" if names else ""

@@ -33,7 +33,7 @@ from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hook import Hook
 from sophia.refresh.model_outputs import find_logits, find_loss, find_named, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs, own_gradient
-from sophia.refresh.places import at, fields
+from sophia.refresh.places import at, fields, names_in
 from sophia.refresh.recording import Autocast, Outputs, Recording
 from sophia.refresh.sampled_reading import read, take_probes
 from sophia.refresh.sandbox import in_sandbox
@@ -266,7 +266,7 @@ class Recorder:
                 else ("logits", "the logits")
             )
             raise RuntimeError(
-                f"cannot find {what} in the output of {name} ({type(output).__name__}){_names_in(output)}; "
+                f"cannot find {what} in the output of {name} ({type(output).__name__}){names_in(output)}; "
                 f"pass logits_fn=, a function from the output to {example}. A model with a fused linear "
                 "cross-entropy returns none: build them from its hidden states (logits_fn=lambda output: "
                 "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
@@ -343,10 +343,3 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     return value
-
-
-def _names_in(output: Any) -> str:
-    """The tensors that an output does have, by name, for a message."""
-    held = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
-    names = [str(name) for name, value in held.items() if isinstance(value, Tensor)]
-    return f", which holds {', '.join(names[:8])}" if names else ""
