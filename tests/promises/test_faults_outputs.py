@@ -148,39 +148,6 @@ def test_outputs_chunks_joined_by_hand():
     check_curvature_or_told(case, r"counting every position|mask_fn")
 
 
-class Hidden(nn.Module):
-    """A trunk that leaves head and loss to the loop."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.tokens = nn.Embedding(64, width)
-        self.mix = nn.Linear(width, width, bias=False)
-
-    def forward(self, ids):
-        return torch.tanh(self.mix(self.tokens(ids)))
-
-
-def hidden(width, autocast=False, fused=False):
-    """The tied head outside of the model: the gradient in its output sums to little at a real width."""
-
-    def loop(model, opt, data, case):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            states = model(data[0]).flatten(0, 1)
-            head, y = model.tokens.weight, data[1].flatten()
-            if fused:
-                loss = F.linear_cross_entropy(states, head, y)
-            else:
-                loss = F.cross_entropy(states @ head.T, y)
-        loss.backward()
-        opt.step()
-
-    def data():
-        g = torch.Generator().manual_seed(width)
-        return torch.randint(0, 64, (8, 8), generator=g), torch.randint(0, 64, (8, 8), generator=g)
-
-    return Case(lambda: Hidden(width), data, None, loop=loop)
-
-
 class ReturnsLoss(nn.Module):
     def __init__(self, reduction="mean"):
         super().__init__()
@@ -201,15 +168,10 @@ class Named(nn.Module):
         return {"image_embeds": self.image(x), "text_embeds": self.text(x)}
 
 
-def probabilities():
-    return nn.Sequential(classifier(), nn.Softmax(-1))
-
-
 def xy(m, data):
     return m(*data)
 
 
-NOT_LOGITS = r"hidden|not (the )?logits"
 TOLD = {
     "outputs-value-head-without-heads": (
         Case(two_heads(with_value, 1), rows, with_regression),
@@ -219,11 +181,6 @@ TOLD = {
     "outputs-one-view-and-its-transpose": (
         Case(Views, lambda: rows(8), of_one_view, settings=VIEWS),
         r"transpose|logits_per_text",
-        "either",
-    ),
-    "outputs-probabilities": (
-        Case(probabilities, rows, lambda z, data: F.nll_loss(z.log(), data[1])),
-        r"probabilities",
         "either",
     ),
     "outputs-one-column-of-answers": (
@@ -240,25 +197,11 @@ TOLD = {
         r"one (column|class).*gaussian|gaussian.*one (column|class)",
         "error",
     ),
-    "outputs-returned-loss": (
-        Case(ReturnsLoss, rows, lambda z, data: z, outputs=xy),
-        r"returns? (its|the|a) loss|is (its|the|a) loss",
-        "error",
-    ),
-    "outputs-loss-per-example": (
-        Case(lambda: ReturnsLoss("none"), rows, lambda z, data: z.mean(), outputs=xy),
-        r"loss(es)?\b.*(example|row|prediction)",
-        "error",
-    ),
     "outputs-named-fields": (
         Case(Named, rows, lambda z, data: (z["image_embeds"] * z["text_embeds"]).sum()),
         r"image_embeds",
         "error",
     ),
-    "outputs-hidden-64": (hidden(64), NOT_LOGITS, "error"),
-    "outputs-hidden-768": (hidden(768), NOT_LOGITS, "error"),
-    "outputs-hidden-768-bfloat16": (hidden(768, autocast=True), NOT_LOGITS, "error"),
-    "outputs-hidden-768-fused": (hidden(768, fused=True), NOT_LOGITS, "error"),
 }
 
 

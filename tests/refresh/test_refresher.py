@@ -180,14 +180,30 @@ class NoLogits(Bare):
         ]
 
 
-@pytest.mark.parametrize("form", ["none", "scalar", "integers"])
-def test_an_output_without_logits_is_an_error(form):
-    """Fused losses return no logits: sampling from something else would be silent."""
+def test_an_output_without_logits_is_an_error():
     model = NoLogits()
     opt = Sophia(model)
     with pytest.raises(RuntimeError, match=r"cannot find logits in the output of NoLogits .*pass logits_fn="):
-        model(data(4)[0], form)
+        model(data(4)[0], "integers")
     assert opt.stats()["refreshes"] == 0
+
+
+@pytest.mark.parametrize("form", ["none", "scalar"])
+def test_a_loss_without_predictions_is_an_error(form):
+    """No softmax in its graph, and no cross-entropy of any layer: sampling from something else would be
+    silent.
+    """
+    model = NoLogits()
+    opt = Sophia(model)
+    before = [p.clone() for p in model.parameters()]
+    output = model(data(4)[0], form)
+    (output["loss"] if form == "none" else output[0]).backward()
+    with pytest.raises(
+        RuntimeError, match=r"NoLogits returns its loss, one number, .*logits_fn=.*hutchinson"
+    ):
+        opt.step()
+    assert opt.stats()["refreshes"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_model_that_does_not_own_the_parameters_is_refused():

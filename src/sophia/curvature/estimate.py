@@ -92,6 +92,9 @@ class MicroBatch(Protocol):
     def outputs(self, output: Any) -> Sequence[Tensor]:
         """Return all of them, as many as masks."""
 
+    def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """``torch.autograd.backward`` of some outputs, or of scalars made of them (None as gradient)."""
+
     def loss(self, output: Any) -> Tensor:
         """Return the training loss, averaged over the counted predictions of this micro-batch."""
 

@@ -115,7 +115,7 @@ class GaussNewtonBartlett(Estimator):
         # The logits go before the backward needs memory. And it is backward, not autograd.grad: sharded
         # parameters and reentrant checkpointing need it.
         del returned, output, parts
-        torch.autograd.backward(roots, cotangents)
+        batch.backward(roots, cotangents)
         return drawn
 
     def by_hand(self, context: PassContext) -> PassByHand:

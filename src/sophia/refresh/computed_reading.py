@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophia.refresh.listeners import OfOutput
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Recording
 
@@ -23,7 +24,7 @@ def read_computed(recorder: Recorder, recording: Recording) -> None:
     for number, part in enumerate(parts):
         if found is not None:
             part.shared = False
-            recorder.listen_to(part)(_without_noise(found[number], part.head.likelihood.event_dims))
+            OfOutput(part, recorder)(_without_noise(found[number], part.head.likelihood.event_dims))
         elif factor is not None:
             device = computed.logits[number].device
             part.mask = torch.ones(part.prediction_shape, dtype=torch.bool, device=device)

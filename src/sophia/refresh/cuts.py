@@ -203,7 +203,7 @@ class _Forward:
     def _run(self, part: Callable[[Any], Any]) -> Sequence[Tensor]:
         recorder, recording = self._recorder, self._recording
         same = same_state(recorder.model, moving=recorder.witnesses.moving)
-        with recording.autocast.again(), same:
+        with recording.autocast.again(), recording.seen(), same:
             recording.conditions.begin_again(recorder.model)
             output = recorder.model(*part(recording.args), **part(dict(recording.kwargs)))
             return recorder.outputs_of(recording, output)

@@ -64,6 +64,8 @@ class Division:
     def of_inputs(self, value: Any, places: Tensor) -> Any:
         """These places of every tensor, nested in any way, that has as many of them."""
         if isinstance(value, Tensor):
+            if self.starts is not None and _are_ends(value, self.size):
+                return _ends_of_places(value, places)
             for dim in self._dims(value):
                 value = value.index_select(dim, places.to(value.device))
             return value
@@ -125,6 +127,24 @@ def starts_of_documents(inputs: Any, length: int) -> tuple[int, ...] | None:
         if (positions or numbers) and 1 < len(starts) < length:
             return tuple(starts)
     return None
+
+
+def _are_ends(tensor: Tensor, length: int) -> bool:
+    """Whether it holds the ends of the documents of a packed row, 0 among them (``cu_seqlens``)."""
+    if tensor.ndim != 1 or len(tensor) < 2 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return False
+    return bool((tensor[0] == 0) & (tensor[-1] == length) & (tensor.diff() >= 0).all())
+
+
+def _ends_of_places(ends: Tensor, places: Tensor) -> Tensor:
+    """The ends of the documents that are left of a packed row.
+
+    >>> _ends_of_places(torch.tensor([0, 2, 3, 6]), torch.tensor([0, 1, 3, 4, 5])).tolist()
+    [0, 2, 5]
+    """
+    # A kernel that is told ends beyond what it is given reads memory that is not there.
+    left = torch.bucketize(ends, places.to(ends)).to(ends.dtype)
+    return torch.cat([left[:1], left[1:][left.diff() > 0]])
 
 
 def _integers(value: Any, length: int) -> Iterator[Tensor]:

@@ -14,28 +14,26 @@ hooks that do nothing.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# torch.compile must not trace the hooks: recording is a side effect, which a graph would bake in. The public
-# torch.compiler.disable is the same, but imports the compiler as soon as this file is read.
-from torch._compile import _disable_dynamo as untraced
-
-from sophia.distributed.shards import is_dtensor
-from sophia.likelihoods import Head, Heads, Likelihood, heads_of
+from sophia.likelihoods import Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
+from sophia.refresh.asked_outputs import AskedOutputs
 from sophia.refresh.computed import Computed
 from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hook import Hook
-from sophia.refresh.model_outputs import find_logits, find_loss, find_named, tensors_in
-from sophia.refresh.other_outputs import OtherOutputs, own_gradient
-from sophia.refresh.places import at, fields, names_in
+from sophia.refresh.listeners import Keeper, OfLoss, OfOutput
+from sophia.refresh.loss_graph import LossGraph, found_inside, is_made_of_losses
+from sophia.refresh.model_outputs import find_logits, find_loss, tensors_in
+from sophia.refresh.other_outputs import OtherOutputs
+from sophia.refresh.output_layer import BeforeTheHead, may_be_found_later
+from sophia.refresh.places import at, fields, places_in
 from sophia.refresh.recording import Autocast, Outputs, Recording
-from sophia.refresh.sampled_reading import read, take_probes
+from sophia.refresh.sampled_reading import take_probes
 from sophia.refresh.sandbox import in_sandbox
 from sophia.refresh.views import Through, is_view_of
 
@@ -81,6 +79,7 @@ class Recorder:
         self.model, self.heads, self.named = model, heads_of(likelihood), isinstance(likelihood, Heads)
         self.logits_fn, self.mask_fn, self.copy_inputs = logits_fn, mask_fn, copy_inputs
         self.needs_outputs = needs_outputs
+        self.asked = AskedOutputs(type(model).__name__, self.heads, self.named, logits_fn)
         self.other_outputs = OtherOutputs(
             type(model).__name__,
             asked=logits_fn is None and mask_fn is None and not self.named,
@@ -104,6 +103,12 @@ class Recorder:
         """Outputs of which it was said that all of their predictions are counted."""
         self.maximize = False
         """Whether the loss is to be maximised: then its gradient is minus that of a likelihood's."""
+        self.layer: BeforeTheHead | None = None
+        """Where the predictions were, once they had to be found before the output layer."""
+        self.hidden_width: int | None = None
+        """Width of the hidden states that the model returns, once the loss was seen to make its logits of
+        them.
+        """
         self._handles = [
             model.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
             model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
@@ -182,6 +187,9 @@ class Recorder:
         self.recordings.append(recording)
 
     def _listen(self, recording: Recording, output: Any) -> None:
+        if self._keeps_to_itself(output):
+            self._listen_inside(recording, output)
+            return
         found = self.find_outputs(output)
         returned = {id(tensor): tensor for tensor in tensors_in(fields(output))}
         recording.outputs = tuple(
@@ -190,7 +198,7 @@ class Recorder:
         )
         self.other_outputs.listen(recording, output, found)
         if self.mask_fn is not None:
-            masks = self._by_head(self.mask_fn(recording.args, recording.kwargs, output), "mask_fn")
+            masks = self.asked.by_head(self.mask_fn(recording.args, recording.kwargs, output), "mask_fn")
             for part, mask in zip(recording.outputs, masks, strict=True):
                 part.mask = mask
             return
@@ -207,17 +215,13 @@ class Recorder:
             if tensor.requires_grad:
                 take_probes(part, tensor, self.sample)
                 # A view that logits_fn has made is not what the loss is made of: its gradient stays away.
-                listener: Any = _Listener(part, self)
+                listener: Any = OfOutput(part, self)
                 if base is not None:
                     tensor, listener = base, Through(tensor, base, listener)
                 tensor.register_hook(listener)  # type: ignore[no-untyped-call]
         loss = find_loss(output)
         if loss is not None and loss.ndim == 0 and loss.requires_grad:
-            loss.register_hook(_OfLoss(recording))  # type: ignore[no-untyped-call]
-
-    def listen_to(self, part: Outputs) -> _Listener:
-        """What reads the gradient of an output."""
-        return _Listener(part, self)
+            loss.register_hook(OfLoss(recording))  # type: ignore[no-untyped-call]
 
     def _is_loss_alone(self, output: Any) -> bool:
         """Whether the estimator finds its loss in an output that has nothing else to offer."""
@@ -226,111 +230,66 @@ class Recorder:
         logits = find_logits(output)
         return not (isinstance(logits, Tensor) and logits.is_floating_point() and logits.ndim)
 
+    def _keeps_to_itself(self, output: Any) -> bool:
+        """Whether the predictions are nowhere in an output: a loss alone, one for each example, or hidden
+        states whose output layer the loss was seen to use.
+        """
+        if self.logits_fn is not None or self.named:
+            return False
+        found = find_logits(output)
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim == 0:
+            return any(t.requires_grad for t in tensors_in(fields(output)))
+        if self.heads[0].likelihood.event_dims and (found.shape[-1] == self.hidden_width):
+            return True
+        return bool(self.heads[0].likelihood.event_dims) and is_made_of_losses(found)
+
+    def _listen_inside(self, recording: Recording, output: Any) -> None:
+        """Listen to predictions that the graph of the output shows; where it shows none, keep the gradients
+        that come to the output, of which the step finds out (``unseen.py``).
+        """
+        head = self.heads[0]
+        returned = list(places_in(output))
+        inside = found_inside([t for _, t in returned], head)
+        if inside:
+            recording.source = LossGraph(head)
+            recording.outputs = tuple(Outputs(head, each.values.shape, True) for each in inside)
+            if self.mask_fn is not None:
+                if len(inside) > 1:
+                    raise RuntimeError(
+                        f"the loss of {type(self.model).__name__} is made of {len(inside)} tensors of "
+                        "logits, and mask_fn= speaks of one: leave it out, as the gradient tells what counts, or "
+                        "return the logits"
+                    )
+                recording.outputs[0].mask = self.mask_fn(recording.args, recording.kwargs, output)
+                return
+            for part, each in zip(recording.outputs, inside, strict=True):
+                take_probes(part, each.values, self.sample)
+                each.listen(OfOutput(part, self))
+            return
+        if not may_be_found_later(self.model, output):
+            self.find_outputs(output)  # which says what is missing
+        for place, tensor in returned:
+            if tensor.requires_grad:
+                tensor.register_hook(Keeper(recording, place))  # type: ignore[no-untyped-call]
+
     def outputs_of(self, recording: Recording, output: Any) -> tuple[Any, ...]:
         """The tensors in ``output`` that stand where those of a recording stood."""
         if not recording.outputs:
             return ()
+        if recording.source is not None:
+            with recording.autocast.again():
+                return recording.source.find(output)
         more = (at(output, part.place) for part in recording.outputs if part.place is not None)
         return (*self.find_outputs(output), *more)
 
     def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs that the likelihood speaks of, one for each head; RuntimeError if one is not there."""
-        if self.logits_fn is not None:
-            found = self._by_head(self.logits_fn(output), "logits_fn")
-        elif self.named:
-            found = tuple(find_named(output, head.name) for head in self.heads)
-        else:
-            found = (find_logits(output),)
-        for head, tensor in zip(self.heads, found, strict=True):
-            self._check(head, tensor, output)
-        return found
-
-    def _by_head(self, value: Any, source: str) -> tuple[Any, ...]:
-        if not self.named:
-            return (value,)
-        names = [head.name for head in self.heads]
-        if not isinstance(value, Mapping) or set(names) - set(value):
-            got = sorted(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
-            raise RuntimeError(
-                f"{source} returned {got}, but the likelihood has the heads {names}: return a mapping with "
-                f"these names, for instance {{{names[0]!r}: output[0], ...}}"
-            )
-        return tuple(value[name] for name in names)
-
-    def _check(self, head: Head, tensor: Any, output: Any) -> None:
-        name = type(self.model).__name__
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            what, example = (
-                (f"the head {head.name!r}", f"a mapping with {head.name!r}")
-                if self.named
-                else ("logits", "the logits")
-            )
-            raise RuntimeError(
-                f"cannot find {what} in the output of {name} ({type(output).__name__}){names_in(output)}; "
-                f"pass logits_fn=, a function from the output to {example}. A model with a fused linear "
-                "cross-entropy returns none: build them from its hidden states (logits_fn=lambda output: "
-                "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
-                "mode='manual'. One whose outputs are compared with each other (embeddings) has none: there "
-                "too it is mode='manual', or estimator='hutchinson'"
-            )
-        if tensor is output and tensor.ndim == 0:
-            raise RuntimeError(
-                f"{name} returns its loss, one number, and labels cannot be drawn from that. Let it return "
-                "the logits as well (a mapping or an object with logits, or a tuple), or use "
-                "estimator='hutchinson', which needs the loss alone"
-            )
-        if is_dtensor(tensor):
-            raise RuntimeError(
-                f"the logits of {name} are a DTensor, split over tensor-parallel ranks: "
-                "labels are drawn from whole rows. Give the output layer output_layouts=Replicate() and "
-                "use_local_output=True"
-            )
-
-
-class _Listener:
-    """Reads from the gradient of the logits which predictions count. Weak: it must not keep the recording, or
-    the graph, alive.
-    """
-
-    def __init__(self, outputs: Outputs, recorder: Recorder) -> None:
-        self._outputs, self._recorder = weakref.ref(outputs), weakref.ref(recorder)
-
-    @untraced
-    def __call__(self, gradient: Tensor | None) -> None:
-        outputs, recorder = self._outputs(), self._recorder()
-        if outputs is None or recorder is None or gradient is None:
-            return  # a compiled graph with the loss inside gives no gradient to the logits
-        gradient = own_gradient(outputs, gradient, always=recorder.named)
-        counted = outputs.head.likelihood.counted(gradient)
-        if outputs.shared:
-            outputs.unread = True
-            outputs.mask = counted if outputs.mask is None else outputs.mask | counted
-            return
-        turned = -gradient if recorder.maximize else gradient
-        reading = read(outputs, turned, counted)
-        if reading.problem is not None:
-            outputs.problems.append(reading.problem)
-        outputs.take(reading)
-        outputs.mask = counted if outputs.mask is None else outputs.mask | counted
+        return self.asked.find(output)
 
 
 def _viewed(view: Tensor, returned: Iterable[Tensor]) -> Tensor | None:
     """The returned tensor of which ``view`` is made without changing a number."""
     return next((t for t in returned if t.requires_grad and is_view_of(view, t)), None)
-
-
-class _OfLoss:
-    """Notes the factor of the returned loss in the one that is trained. Weak, as above."""
-
-    def __init__(self, recording: Recording) -> None:
-        self._recording = weakref.ref(recording)
-
-    @untraced
-    def __call__(self, gradient: Tensor | None) -> None:
-        recording = self._recording()
-        if recording is not None and gradient is not None:
-            so_far = recording.loss_gradient
-            recording.loss_gradient = gradient.detach().clone() if so_far is None else so_far + gradient
 
 
 def _copied(value: Any) -> Any:

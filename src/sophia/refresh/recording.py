@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
 from sophia.refresh.views import View
 
-__all__ = ["Autocast", "Other", "Outputs", "Recording"]
+__all__ = ["Autocast", "Other", "Outputs", "Recording", "Source"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Outputs:
     """
     name: str = ""
     """As one writes it, for one that is found by its place."""
+    gradient: Tensor | None = None
+    """What arrived, if it was nothing that the likelihood could have sent."""
     problems: list[Problem] = field(default_factory=list)
     """Of the gradients that came: they are spoken of at the step (``misread.py``), not inside a backward."""
     views: list[View] = field(default_factory=list)
@@ -115,6 +118,16 @@ class Other:
     """What it might be instead."""
 
 
+class Source(Protocol):
+    """Where the predictions of a model are that does not return them."""
+
+    def seen(self) -> AbstractContextManager[None]:
+        """Inside, a forward shows them."""
+
+    def find(self, output: Any) -> tuple[Tensor, ...]:
+        """Those of the forward that has just run."""
+
+
 @dataclass(eq=False)
 class Recording:
     """One training forward: what is needed to run it again."""
@@ -132,6 +145,10 @@ class Recording:
     """Numbers of outputs of which the second is a view of the first."""
     computed: Computed | None = None
     """Logits that ``logits_fn`` computes, until it is known what has arrived in what they are made of."""
+    source: Source | None = None
+    """Where the outputs are that the model does not return; None for returned ones."""
+    arrived: dict[Place, Tensor] = field(default_factory=dict)
+    """Gradients that came to what it returned, where the outputs are still to be found."""
     loss_gradient: Tensor | None = None
     """What has arrived in the loss that the model returned: its factor in the loss that is trained."""
     first: Place | None = None
@@ -145,6 +162,10 @@ class Recording:
     """Both for ``arrivals.py``."""
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
     """Inputs with their version counters, which tell whether somebody wrote into them since."""
+
+    def seen(self) -> AbstractContextManager[None]:
+        """Inside, another forward shows the outputs as this one did."""
+        return nullcontext() if self.source is None else self.source.seen()
 
     def overwritten(self) -> bool:
         """Whether an input has been changed in place since the forward."""

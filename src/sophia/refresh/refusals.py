@@ -10,6 +10,7 @@ from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.replay import usable
+from sophia.refresh.unseen import find_unseen
 
 __all__ = ["BY_HAND", "check_ownership", "check_recorded"]
 
@@ -39,6 +40,7 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
     check_own_parameters(recorder)
+    find_unseen(recorder, usable(recorder))
     for recording in usable(recorder):
         read_computed(recorder, recording)
     recorder.other_outputs.settle(usable(recorder))

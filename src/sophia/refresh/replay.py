@@ -19,12 +19,13 @@ from sophia.curvature.last_layer import Readout, watched
 from sophia.refresh.counted import mask_of
 from sophia.refresh.division import Division
 from sophia.refresh.eager import eager
+from sophia.refresh.loss_graph import backward
 from sophia.refresh.model_outputs import items_of_part, mean_loss
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Recording
 from sophia.refresh.seeds import generator
 
-__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "are_read", "choose", "usable"]
+__all__ = ["Choice", "Replay", "RowsCannotBeTaken", "are_read", "choose", "detached", "usable"]
 
 
 class RowsCannotBeTaken(Exception):
@@ -73,10 +74,10 @@ class Replay:
         """Run the model on the recorded inputs, under the recorded autocast, from the recorded state."""
         self.recording.conditions.begin_again(self.recorder.model)
         if self.cut is None:
-            with self.recording.autocast.again():
+            with self.recording.autocast.again(), self.recording.seen():
                 return self.recorder.model(*self.args, **self.kwargs)
         try:
-            with self.recording.autocast.again(), eager():
+            with self.recording.autocast.again(), eager(), self.recording.seen():
                 output = self.recorder.model(*self.args, **self.kwargs)
             found = self.recorder.outputs_of(self.recording, output)
             fits = all(
@@ -114,6 +115,10 @@ class Replay:
                     "Use mode='manual' and opt.hessian_pass()"
                 )
         return found
+
+    def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Propagate gradients in some of the outputs."""
+        backward(roots, gradients)
 
     def logits(self, output: Any) -> Tensor:
         """The (first) output."""
@@ -264,16 +269,17 @@ def _replay(
         weights = tuple(None if w is None else division.of_output(w, places) for w in weights)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
-    args, kwargs = _detached(args), _detached(kwargs)
+    args, kwargs = detached(args), detached(kwargs)
     counts = _by_head(recorder, recording, masks)
     kwargs = items_of_part(kwargs, sum(counts), whole) if cut is not None else kwargs
     return Replay(recorder, recording, args, kwargs, masks, heads, counts, key, cut, weights, share, whole)
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """Inputs as leaves of no graph."""
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad else value
-    return _mapped(value, _detached)
+    return _mapped(value, detached)
 
 
 def _mapped(value: Any, function: Any) -> Any:

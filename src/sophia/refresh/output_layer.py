@@ -1,0 +1,182 @@
+"""The output layer of a model that keeps its logits to itself, and the hidden states that go into it.
+
+Fused losses (the whole of a linear layer and a cross-entropy in one function, in chunks, so that the logits
+never exist) read the weight of that layer without calling it. The layer is looked for where models have one:
+``get_output_embeddings()``, a linear layer, a table of embeddings that serves twice. Which of them it is, and
+that nothing else lies between it and the loss, is shown by the gradient (``unseen.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sophia.refresh.eager import eager
+from sophia.refresh.model_outputs import tensors_in
+from sophia.refresh.places import fields
+
+__all__ = ["BeforeTheHead", "HiddenStates", "OutputLayer", "may_be_found_later", "output_layers"]
+
+_MOST = 4  # layers that are tried
+
+
+@dataclass(frozen=True, eq=False)
+class OutputLayer:
+    """From hidden states ``(..., d)`` to logits ``(..., V)``."""
+
+    name: str
+    """As it is written in an error."""
+    module: nn.Module
+    """The linear layer, or the table."""
+    scale: float = 1.0
+    cap: float | None = None
+    """Logits are ``cap tanh(scale (W x + b) / cap)``; None for none."""
+
+    @property
+    def weight(self) -> Tensor:
+        """``(V, d)``."""
+        weight: Any = self.module.weight
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden states, with their graph."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.module.weight.dtype)  # type: ignore[arg-type]
+        if isinstance(self.module, nn.Embedding):
+            raw = F.linear(hidden, self.weight)
+        else:
+            raw = self.module(hidden)
+        return self._after(raw)
+
+    def logits_and_slopes(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits, and their slopes in what the layer itself gives; None for 1."""
+        weight, bias = self.weight, getattr(self.module, "bias", None)
+        raw = F.linear(hidden.to(weight.dtype), weight, bias).float()
+        if self.scale == 1.0 and self.cap is None:
+            return raw, None
+        logits = self._after(raw)
+        slope = 1.0 if self.cap is None else 1 - (logits / self.cap).square()
+        return logits, torch.as_tensor(self.scale * slope).expand_as(logits)
+
+    def _after(self, raw: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
+
+
+def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
+    """Layers that may make logits of hidden states of that width, the most likely one first."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        named = getattr(module, "get_output_embeddings", None)
+        layer = named() if callable(named) else None
+        if isinstance(layer, nn.Module) and _fits(layer, width):
+            found.setdefault(id(layer.weight), (_written(name, "get_output_embeddings()"), layer))
+    modules = [(name, module) for name, module in model.named_modules() if _fits(module, width)]
+    for kind in (nn.Linear, nn.Embedding):
+        for name, module in reversed(modules):
+            if isinstance(module, kind):
+                found.setdefault(id(module.weight), (_written("", name), module))
+    return [
+        OutputLayer(name, layer, scale, cap)
+        for name, layer in list(found.values())[:_MOST]
+        for scale, cap in _settings(model)
+    ]
+
+
+def may_be_found_later(model: nn.Module, output: Any) -> bool:
+    """Whether an output without logits may have come of an output layer: a loss was made of it inside the
+    model, or the model says that it has such a layer.
+    """
+    if any(callable(getattr(module, "get_output_embeddings", None)) for module in model.modules()):
+        return True
+    return any(t.ndim == 0 and t.is_floating_point() and t.requires_grad for t in tensors_in(fields(output)))
+
+
+def _written(*names: str) -> str:
+    return ".".join(("model", *filter(None, names)))
+
+
+def _fits(layer: nn.Module, width: int) -> bool:
+    weight = getattr(layer, "weight", None)
+    return (
+        isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width and weight.shape[0] > 1
+    )
+
+
+def _settings(model: nn.Module) -> list[tuple[float, float | None]]:
+    """What the configuration of a model says of the way from the layer to the logits, and nothing."""
+    config = next((c for m in model.modules() if (c := getattr(m, "config", None)) is not None), None)
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return float(value) if isinstance(value, (int, float)) and value else None
+
+    scales = [number(name) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    divisor = number("logits_scaling")
+    scale = next((s for s in scales if s is not None), 1.0 if divisor is None else 1 / divisor)
+    cap = number("final_logit_softcapping")
+    return list(dict.fromkeys([(scale, cap), (1.0, None)]))
+
+
+class HiddenStates:
+    """The last tensor of each width, and number of dimensions, that the modules of a model return, noted
+    while forwards run.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[int, int], Tensor] = {}
+
+    @contextmanager
+    def noted(self, model: nn.Module) -> Iterator[None]:
+        """Inside, forwards of the model are listened to."""
+        self._last.clear()
+        handles = [module.register_forward_hook(self._note) for module in model.modules()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in tensors_in(fields(output)):
+            if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.requires_grad:
+                form = tensor.shape[-1], tensor.ndim
+                self._last.pop(form, None)
+                self._last[form] = tensor
+                return
+
+    def of_form(self, form: tuple[int, int]) -> Tensor:
+        """The last one of that width and number of dimensions; KeyError if there was none."""
+        return self._last[form]
+
+    def forms(self) -> list[tuple[int, int]]:
+        """Of all that were noted, the latest first."""
+        return list(reversed(self._last))
+
+
+@dataclass(frozen=True, eq=False)
+class BeforeTheHead:
+    """Predictions made of the last hidden states by the model's output layer."""
+
+    model: nn.Module
+    layer: OutputLayer
+    form: tuple[int, int]
+    """Width and number of dimensions of these states."""
+    states: HiddenStates = field(default_factory=HiddenStates)
+
+    @contextmanager
+    def seen(self) -> Iterator[None]:
+        """Inside, a forward shows its hidden states: outside of compiled graphs."""
+        with eager(), self.states.noted(self.model):
+            yield
+
+    def find(self, output: Any) -> tuple[Tensor, ...]:
+        """The logits of the forward that has just run."""
+        return (self.layer.logits(self.states.of_form(self.form)),)

@@ -1,0 +1,506 @@
+"""Models that keep their logits to themselves: a loss alone, chunks, caps, fused losses, hidden states.
+
+Each is held to its twin, which returns the logits and leaves the same loss to the loop: with the same seed
+both draw the same labels, so that h is the same number for number. Some are held to the oracle as well.
+"""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from curvature_cases import Case, Words, cross_entropy, judged, mean_estimate, said, sentences
+from torch import nn
+from torch.nn import functional as F
+
+from oracle import gauss_newton
+from sophia import Sophia
+
+
+class Net(Words):
+    """Logits of a token and all before it; hidden states that a module of their own makes."""
+
+    def __init__(self, width=12, vocabulary=7):
+        super().__init__()
+        self.tokens, self.head, self.norm = (
+            nn.Embedding(vocabulary, width),
+            nn.Linear(width, vocabulary),
+            nn.Tanh(),
+        )
+
+    def hidden(self, ids):
+        return self.norm(self.tokens(ids).cumsum(1))
+
+    def forward(self, ids):
+        return self.head(self.hidden(ids))
+
+
+class Around(nn.Module):
+    """A model around a net, with another forward."""
+
+    def __init__(self, net, forward):
+        super().__init__()
+        self.net, self._forward = net, forward
+
+    def forward(self, *args):
+        return self._forward(self.net, *args)
+
+
+def trained(model, loss, steps=3, **settings):
+    """H by name after some steps, and what was said; the weights move as they please."""
+    settings = {"lr": 1e-2, "weight_decay": 0.0, "update_every": 1, "fraction": 1.0, **settings}
+    opt = Sophia(model, **settings)
+
+    def run():
+        for _ in range(steps):
+            loss(model).backward()
+            opt.step()
+            opt.zero_grad()
+
+    words = said(run)
+    named = dict(model.named_parameters())
+    return {n: opt.state[p]["hessian"] for n, p in named.items() if opt.state.get(p)}, words, opt.stats()
+
+
+def check_twins(inside, outside, loss, *, net=Net, close=1e-4, **settings):
+    """``inside(net, ids, targets) -> loss`` of a model that is called so, and ``loss(outside(net, ids),
+    targets)`` of its twin.
+    """
+    ids, targets = settings.pop("data", sentences)()
+    results = []
+    for of_twin in (False, True):
+        torch.manual_seed(0)
+        model = Around(net(), outside if of_twin else inside)
+        if of_twin:
+            results.append(trained(model, lambda m: loss(m(ids), targets), **settings))
+        else:
+            results.append(trained(model, lambda m: m(ids, targets), **settings))
+    (found, words, stats), (expected, _, of_twin) = results
+    assert words == []
+    assert stats["B"] == of_twin["B"]
+    for name, h in expected.items():
+        assert float((found[name] - h).norm()) <= close * float(h.norm()), name
+    return stats
+
+
+def logits(net, ids):
+    return net(ids)
+
+
+def mean(z, targets):
+    return cross_entropy(z, targets)
+
+
+# ---- the loss alone ----
+
+
+def plain(net, ids, targets):
+    return mean(net(ids), targets)
+
+
+def half_the_sum(z, targets):
+    return 0.5 * cross_entropy(z, targets, reduction="sum")
+
+
+def smoothed(z, targets):
+    return cross_entropy(z, targets, label_smoothing=0.1)
+
+
+def cap(z):
+    return 2 * torch.tanh(z / 2)
+
+
+def classes_second(net, ids, targets):
+    return F.cross_entropy(net(ids).transpose(1, 2), targets)
+
+
+def shifted(z, targets):
+    return cross_entropy(z[:, :-1], targets[:, 1:])
+
+
+def by_hand(net, ids, targets):
+    kept = targets >= 0
+    return -net(ids).log_softmax(-1)[kept].gather(1, targets[kept][:, None]).mean()
+
+
+def checkpointed(net, ids, targets):
+    def loss(x):
+        return cross_entropy(net.head(x), targets)
+
+    return torch.utils.checkpoint.checkpoint(loss, net.hidden(ids), use_reentrant=False)
+
+
+def with_other_things(net, ids, targets):
+    return {"loss": plain(net, ids, targets), "logits": None, "tokens": targets.numel()}["loss"]
+
+
+ALONE = {
+    "mean": (plain, logits, mean),
+    "half the sum": (lambda net, x, y: half_the_sum(net(x), y), logits, half_the_sum),
+    "smoothed": (lambda net, x, y: smoothed(net(x), y), logits, smoothed),
+    "capped": (lambda net, x, y: mean(cap(net(x)).float(), y), lambda net, x: cap(net(x)), mean),
+    "classes second": (classes_second, logits, mean),
+    "shifted": (lambda net, x, y: shifted(net(x), y), lambda net, x: net(x), shifted),
+    "log_softmax by hand": (by_hand, logits, mean),
+    "checkpointed": (checkpointed, logits, mean),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ALONE if name != "shifted"])
+def test_a_model_that_returns_its_loss_alone(name):
+    check_twins(*ALONE[name])
+
+
+def test_a_loss_for_each_token():
+    def of_tokens(net, ids, targets):
+        return cross_entropy(net(ids), targets, reduction="none").view(targets.shape)
+
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    found, words, _ = trained(
+        Around(Net(), of_tokens), lambda m: m(ids, targets).sum() / (targets >= 0).sum()
+    )
+    torch.manual_seed(0)
+    expected, _, _ = trained(Around(Net(), logits), lambda m: mean(m(ids), targets))
+    assert words == []
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+def chunks(net, ids, targets):
+    hidden, losses = net.hidden(ids), []
+    for x, y in zip(hidden.split(2, 1), targets.split(2, 1), strict=True):
+        losses.append(cross_entropy(net.head(x), y, reduction="sum"))
+    return sum(losses) / (targets >= 0).sum()
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+@pytest.mark.parametrize(
+    ("forward", "loss"),
+    [
+        (plain, mean),
+        (ALONE["shifted"][0], shifted),
+        (ALONE["half the sum"][0], half_the_sum),
+        (classes_second, mean),
+        (chunks, mean),
+    ],
+    ids=["mean", "shifted", "sum", "classes second", "chunks"],
+)
+def test_against_the_oracle(forward, loss, fraction):
+    """Whole, and a quarter of the rows, drawn anew at each refresh."""
+
+    def data():
+        return sentences((6, 4, 2, 1) if fraction == 1 else (6,) * 8)
+
+    def small():
+        return Net(width=5)
+
+    case = Case(
+        lambda: Around(small(), forward),
+        data,
+        lambda output, data: output,
+        outputs=lambda model, data: model(*data),
+        settings={"fraction": fraction},
+        draws=400 if fraction == 1 else 1200,
+        spread=1.5 if fraction == 1 else 3.0,
+    )
+    torch.manual_seed(0)
+    exact = gauss_newton(small(), data(), lambda net, d: net(d[0]), lambda z, d: loss(z, d[1]))
+    stats = judged(case, {f"net.{name}": e for name, e in exact.items()}, *mean_estimate(case))
+    assert stats["share"] == pytest.approx(fraction)
+
+
+def test_micro_batches_and_a_loss_divided_by_hand():
+    ids, targets = sentences((6,) * 8)
+    results = []
+    for alone in (True, False):
+        torch.manual_seed(0)
+        model = Around(Net(), plain if alone else logits)
+
+        def loss(m, alone=alone):
+            pairs = zip(ids.split(2), targets.split(2), strict=True)
+            return sum((m(x, y) if alone else mean(m(x), y)) / 4 for x, y in pairs)
+
+        results.append(trained(model, loss, fraction=0.5))
+    (found, words, stats), (expected, _, _) = results
+    assert (words, stats["share"]) == ([], 0.5)
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+# ---- with the loss inside a compiled graph ----
+
+
+@pytest.mark.parametrize("name", ["mean", "half the sum", "capped"])
+def test_a_compiled_model_that_returns_its_loss_alone(name):
+    """The graph shows nothing, so a forward outside of it is read; the model is compiled once."""
+    inside, outside, loss = ALONE[name]
+    ids, targets = sentences()
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Around(Net(), inside)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    found, words, _ = trained(model, lambda m: compiled(ids, targets), fraction=0.25, steps=4)
+    frames = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    again = torch.compile(twin := Around(Net(), inside), backend="aot_eager")
+    for _ in range(4):
+        again(ids, targets).backward()
+    assert frames == counters["stats"]["unique_graphs"]
+    torch.manual_seed(0)
+    expected, _, _ = trained(Around(Net(), outside), lambda m: loss(m(ids), targets), fraction=0.25, steps=4)
+    assert words == []
+    assert len(found) == len(dict(twin.named_parameters()))
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+# ---- fused: the logits never exist ----
+
+
+class Fused(torch.autograd.Function):
+    """Losses of the labels, with nothing to be seen between them and the hidden states."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, after, smoothing):
+        with torch.enable_grad():
+            leaves = [t if t is None else t.detach().requires_grad_() for t in (hidden, weight, bias)]
+            z = after(F.linear(*leaves))
+            losses = cross_entropy(z, targets, reduction="none", label_smoothing=smoothing)
+        ctx.leaves, ctx.losses = leaves, losses
+        return losses.detach().view(targets.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        leaves = [t for t in ctx.leaves if t is not None]
+        found = [*torch.autograd.grad(ctx.losses, leaves, gradient.flatten()), None][:3]
+        return (*found, None, None, None)
+
+
+def fused(net, ids, targets, *, after=lambda z: z, smoothing=0.0):
+    layer = net.head
+    losses = Fused.apply(
+        net.hidden(ids), layer.weight, getattr(layer, "bias", None), targets, after, smoothing
+    )
+    return losses.sum() / (targets >= 0).sum()
+
+
+class Tied(Net):
+    """The table of the tokens makes the logits, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = self.tokens
+
+    def forward(self, ids):
+        return F.linear(self.hidden(ids), self.tokens.weight)
+
+
+class Config:
+    final_logit_softcapping, logit_scale = 2.0, 0.5
+
+
+class Configured(Net):
+    """A model whose configuration speaks of a scale and a cap."""
+
+    config = Config()
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def scaled_cap(z):
+    return cap(0.5 * z)
+
+
+FUSED = {
+    "mean": (fused, logits, mean, Net),
+    "smaller": (
+        lambda net, x, y: 0.25 * fused(net, x, y),
+        logits,
+        lambda z, y: 0.25 * mean(z, y),
+        Net,
+    ),
+    "smoothed": (
+        lambda net, x, y: fused(net, x, y, smoothing=0.2),
+        logits,
+        lambda z, y: cross_entropy(z, y, label_smoothing=0.2, reduction="sum") / (y >= 0).sum(),
+        Net,
+    ),
+    "tied": (fused, logits, mean, Tied),
+    "scaled and capped": (
+        lambda net, x, y: fused(net, x, y, after=scaled_cap),
+        lambda net, x: scaled_cap(net(x)),
+        mean,
+        Configured,
+    ),
+    "configured so, and not done": (fused, logits, mean, Configured),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_loss_inside_of_the_model(name):
+    inside, outside, loss, net = FUSED[name]
+    check_twins(inside, outside, loss, net=net, close=1e-3)
+
+
+def test_unequal_weights_before_the_head():
+    """A mean of the means of the rows."""
+
+    def inside(net, ids, targets):
+        losses = Fused.apply(net.hidden(ids), net.head.weight, net.head.bias, targets, lambda z: z, 0.0)
+        return (losses.sum(1) / (targets >= 0).sum(1)).mean()
+
+    def outside(z, targets):
+        losses = cross_entropy(z, targets, reduction="none").view(targets.shape)
+        return (losses.sum(1) / (targets >= 0).sum(1)).mean()
+
+    check_twins(inside, logits, outside, close=1e-3)
+
+
+def test_log_probabilities_of_the_labels():
+    """As trl's trainers have it: they come out of the fused loss, beside others that the loss leaves out."""
+
+    class Output(dict):
+        pass
+
+    def inside(net, ids, targets):
+        hidden = net.hidden(ids)[:, :-1]
+        losses = Fused.apply(hidden, net.head.weight, net.head.bias, targets[:, 1:], lambda z: z, 0.0)
+        return Output(log_probs=-losses, entropy=losses.detach() + hidden.sum(-1), loss=losses.detach().sum())
+
+    class Named(Net):
+        def get_output_embeddings(self):
+            return self.head
+
+    ids, targets = sentences((6, 5, 3, 2))
+    torch.manual_seed(0)
+    found, words, stats = trained(
+        Around(Named(), inside),
+        lambda m: -m(ids, targets)["log_probs"].sum() / (targets[:, 1:] >= 0).sum(),
+    )
+    torch.manual_seed(0)
+    expected, _, of_twin = trained(Around(Named(), logits), lambda m: shifted(m(ids), targets))
+    assert words == []
+    assert stats["B"] == of_twin["B"] == 12
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+# ---- hidden states returned, the loss outside ----
+
+
+class Trunk(nn.Module):
+    """Leaves head and loss to the loop."""
+
+    def __init__(self, width, returned):
+        super().__init__()
+        self.tokens, self.mix = nn.Embedding(64, width), nn.Linear(width, width, bias=False)
+        self.returned = returned
+
+    def forward(self, ids):
+        states = torch.tanh(self.mix(self.tokens(ids)))
+        return F.linear(states, self.tokens.weight) if self.returned == "logits" else states
+
+
+def fused_outside(states, weight, targets):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    return F.linear_cross_entropy(states.flatten(0, 1), weight, targets.flatten())
+
+
+def plain_outside(states, weight, targets):
+    return cross_entropy(states @ weight.T, targets)
+
+
+@pytest.mark.parametrize(
+    ("width", "autocast", "outside"),
+    [
+        (64, False, plain_outside),
+        (768, False, plain_outside),
+        (768, True, plain_outside),
+        (768, False, fused_outside),
+    ],
+    ids=["64", "768", "768-bfloat16", "768-fused"],
+)
+def test_hidden_states_and_a_loss_outside(width, autocast, outside):
+    """A tied head outside of the model: its gradient sums to little at a real width."""
+    g = torch.Generator().manual_seed(width)
+    ids, targets = torch.randint(0, 64, (8, 8), generator=g), torch.randint(0, 64, (8, 8), generator=g)
+    results = []
+    for returned in ("states", "logits"):
+        torch.manual_seed(0)
+
+        def loss(model, returned=returned):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                output = model(ids)
+                if returned == "logits":
+                    return cross_entropy(output, targets)
+                return outside(output, model.tokens.weight, targets)
+
+        results.append(trained(Trunk(width, returned), loss, lr=1e-4))
+    (found, words, stats), (expected, _, _) = results
+    assert words == []
+    assert stats["B"] > 1
+    for name, h in expected.items():
+        difference = float((found[name] - h).norm() / h.norm())
+        assert difference < (0.1 if autocast else 1e-3), (name, difference)
+
+
+def test_probabilities_of_a_layer_are_its_logits():
+    """A model that ends in a softmax, and the logarithm outside: what the loss is made of is found."""
+    ids, targets = sentences()
+    targets = targets.clamp(min=0)
+
+    def inside(net, ids):
+        return net(ids).softmax(-1)
+
+    torch.manual_seed(0)
+    found, words, _ = trained(
+        Around(Net(), inside), lambda m: F.nll_loss(m(ids).log().flatten(0, 1), targets.flatten())
+    )
+    torch.manual_seed(0)
+    expected, _, _ = trained(Around(Net(), logits), lambda m: mean(m(ids), targets))
+    assert words == []
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+# ---- what cannot be found ----
+
+
+def test_a_head_outside_of_the_model_is_told():
+    """The output layer is not the model's: nobody could know it."""
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    model, head = Around(Net(), lambda net, ids: net.hidden(ids)), nn.Linear(12, 7)
+    before = [p.clone() for p in model.parameters()]
+    opt = Sophia(model)
+    mean(head(model(ids)), targets).backward()
+    with pytest.raises(RuntimeError, match=r"logits_fn=lambda hidden"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_loss_that_changes_its_kind_ends_nothing():
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    net, calls = Net(), []
+
+    def inside(net, ids, targets):
+        calls.append(None)
+        loss = fused(net, ids, targets)
+        return loss if len(calls) < 3 else loss + net.hidden(ids).square().sum()
+
+    model = Around(net, inside)
+    opt = Sophia(model, update_every=1, lr=1e-4)
+
+    def run():
+        for _ in range(4):
+            model(ids, targets).backward()
+            opt.step()
+            opt.zero_grad()
+
+    assert any("is so no longer" in words for words in said(run))
