@@ -257,8 +257,7 @@ class Recorder:
                 if len(inside) > 1:
                     raise RuntimeError(
                         f"the loss of {type(self.model).__name__} is made of {len(inside)} tensors of "
-                        "logits, and mask_fn= speaks of one: leave it out, as the gradient tells what counts, or "
-                        "return the logits"
+                        "logits, and mask_fn= speaks of one: leave it out, as the gradient tells what counts"
                     )
                 recording.outputs[0].mask = self.mask_fn(recording.args, recording.kwargs, output)
                 return
