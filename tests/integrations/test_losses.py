@@ -262,9 +262,10 @@ class Fused(nn.Module):
         return {"loss": loss, "logits": None, "hidden_states": hidden}
 
 
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
-def test_fused_loss_with_logits_from_the_hidden_states(shift):
-    """A model whose loss nobody can sample from, counted by the shift of another model."""
+def test_fused_loss(shift, given):
+    """A model whose loss nobody can sample from: its output layer is found, or given by ``logits_fn``."""
     model, (x, y) = Fused(shift), data(8, padded=True)
     labels = y.masked_fill(y < 0, -100)
     counted = labels != -100
@@ -275,7 +276,7 @@ def test_fused_loss_with_logits_from_the_hidden_states(shift):
         model,
         fraction=1.0,
         likelihood=LabelsFromLogits(),
-        logits_fn=lambda output: model.lm_head(output["hidden_states"]),
+        logits_fn=(lambda output: model.lm_head(output["hidden_states"])) if given else None,
     )
     model(x, labels=labels)["loss"].backward()
     training = [p.grad.clone() for p in model.parameters()]
@@ -289,23 +290,12 @@ def test_example_of_a_fused_loss():
     """The page's way, at the default eighth of the rows."""
     model, (x, y) = Fused(False), data(8, padded=True)
     labels = y.masked_fill(y < 0, -100)
-    opt = run("No logits: fused linear cross-entropy", model=model, batches=[(x, labels)] * 11)["opt"]
+    opt = run(
+        "No logits: a loss alone, a fused loss, hidden states", model=model, batches=[(x, labels)] * 11
+    )["opt"]
     assert opt.stats()["refreshes"] == 2
     (row,), _ = _drawn([True] * 8, 1, (0, 10, 0, 0, "rows"))
     assert opt.stats()["B"] == int((labels[row] != -100).sum())
-
-
-def test_a_fused_loss_without_logits_fn_says_what_to_write():
-    """A run that ends at once must say how it would not."""
-    model, (x, y) = Fused(False), data(8)
-    opt = Sophia(model)
-    with pytest.raises(
-        RuntimeError,
-        match=r"cannot find logits in the output of Fused \(dict\).*fused linear cross-entropy.*"
-        r"logits_fn=lambda output: model.lm_head\(output.hidden_states\[-1\]\)",
-    ):
-        model(x, labels=y)
-    assert opt.stats()["refreshes"] == 0
 
 
 def test_example_with_a_learned_sigma():

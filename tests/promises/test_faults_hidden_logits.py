@@ -298,6 +298,13 @@ class Tied(Net):
         return F.linear(self.hidden(ids), self.tokens.weight)
 
 
+class Functional(Net):
+    """The last normalisation is no module."""
+
+    def hidden(self, ids):
+        return F.layer_norm(super().hidden(ids), (12,))
+
+
 class Config:
     final_logit_softcapping, logit_scale = 2.0, 0.5
 
@@ -330,6 +337,7 @@ FUSED = {
         Net,
     ),
     "tied": (fused, logits, mean, Tied),
+    "after a function": (fused, logits, mean, Functional),
     "scaled and capped": (
         lambda net, x, y: fused(net, x, y, after=scaled_cap),
         lambda net, x: scaled_cap(net(x)),
@@ -344,6 +352,15 @@ FUSED = {
 def test_a_fused_loss_inside_of_the_model(name):
     inside, outside, loss, net = FUSED[name]
     check_twins(inside, outside, loss, net=net, close=1e-3)
+
+
+@pytest.mark.parametrize("net", [Net, Functional])
+def test_its_rows_are_run_alone(net):
+    def data():
+        return sentences((6,) * 8)
+
+    stats = check_twins(fused, logits, mean, net=net, close=1e-3, fraction=0.25, data=data)
+    assert stats["share"] == 0.25
 
 
 def test_unequal_weights_before_the_head():

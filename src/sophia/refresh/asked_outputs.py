@@ -63,11 +63,10 @@ class AskedOutputs:
             )
             raise RuntimeError(
                 f"cannot find {what} in the output of {name} ({type(output).__name__}){names_in(output)}; "
-                f"pass logits_fn=, a function from the output to {example}. A model with a fused linear "
-                "cross-entropy returns none: build them from its hidden states (logits_fn=lambda output: "
-                "model.lm_head(output.hidden_states[-1])), let it return them in training, or use "
-                "mode='manual'. One whose outputs are compared with each other (embeddings) has none: there "
-                "too it is mode='manual', or estimator='hutchinson'"
+                f"pass logits_fn=, a function from the output to {example}, or use mode='manual'. (What a "
+                "loss inside of a model is made of is found where that loss is returned, too.) A model whose "
+                "outputs are compared with each other (embeddings) has none: there too it is mode='manual', "
+                "or estimator='hutchinson'"
             )
         if tensor is output and tensor.ndim == 0:
             raise RuntimeError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import tensors_in
@@ -126,8 +127,8 @@ def _settings(model: nn.Module) -> list[tuple[float, float | None]]:
 
 
 class HiddenStates:
-    """The last tensor of each width, and number of dimensions, that the modules of a model return, noted
-    while forwards run.
+    """The last tensor of each width, and number of dimensions, that modules and functions of torch return,
+    noted while forwards run.
     """
 
     def __init__(self) -> None:
@@ -137,16 +138,18 @@ class HiddenStates:
     def noted(self, model: nn.Module) -> Iterator[None]:
         """Inside, forwards of the model are listened to."""
         self._last.clear()
-        handles = [module.register_forward_hook(self._note) for module in model.modules()]
+        handles = [m.register_forward_hook(lambda _m, _i, out: self.note(out)) for m in model.modules()]
         try:
-            yield
+            with _Results(self):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def note(self, output: Any) -> None:
+        """Keep the first tensor of an output that may be of hidden states."""
         for tensor in tensors_in(fields(output)):
-            if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.requires_grad:
+            if tensor.ndim >= 2 and tensor.grad_fn is not None and tensor.is_floating_point():
                 form = tensor.shape[-1], tensor.ndim
                 self._last.pop(form, None)
                 self._last[form] = tensor
@@ -157,8 +160,26 @@ class HiddenStates:
         return self._last[form]
 
     def forms(self) -> list[tuple[int, int]]:
-        """Of all that were noted, the latest first."""
-        return list(reversed(self._last))
+        """Of all that were noted: those of most dimensions first, which have not been flattened, and of these
+        the latest.
+        """
+        return sorted(reversed(self._last), key=lambda form: -form[1])
+
+
+class _Results(TorchFunctionMode):
+    """Notes what functions return: the last normalisation is often no module."""
+
+    def __init__(self, states: HiddenStates) -> None:
+        super().__init__()
+        self._states = states
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple)):
+            self._states.note(result)
+        return result
 
 
 @dataclass(frozen=True, eq=False)

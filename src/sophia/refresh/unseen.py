@@ -30,6 +30,8 @@ from sophia.refresh.sampled_reading import rows_to_read, take_probes
 
 __all__ = ["find_unseen"]
 
+_RETURNED = 4  # tensors with a gradient that are looked at: of the states of all layers the last ones
+_THROUGH = 0.05  # of a gradient, that may be missing where all of it came through others
 _TRIED = 64  # predictions by which it is told which layer was used
 _CHANGED = Problem(
     "another loss before the head",
@@ -63,7 +65,9 @@ def _found(recorder: Recorder, recording: Recording, arrived: dict[Any, Tensor])
         recording.conditions.begin_again(model)
         output = model(*detached(recording.args), **detached(dict(recording.kwargs)))
         returned = [(at(output, place), gradient) for place, gradient in arrived.items()]
-        pairs = [(t, g) for t, g in returned if t is not None and t.requires_grad and t.shape == g.shape]
+        pairs = _direct(
+            [(t, g) for t, g in returned if t is not None and t.grad_fn is not None and t.shape == g.shape]
+        )
         if not pairs:
             return False
         inside = found_inside([t for t, _ in pairs], recorder.heads[0]) if not recording.outputs else []
@@ -73,6 +77,25 @@ def _found(recorder: Recorder, recording: Recording, arrived: dict[Any, Tensor])
         return recorder.heads[0].likelihood.event_dims == 1 and _read_hidden(
             recorder, recording, states, pairs
         )
+
+
+def _direct(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that a loss sent to returned tensors itself, less what came through others of them: a
+    hidden state that is returned beside the loss made of it gets its gradient through that loss.
+    """
+    latest_first = sorted(pairs, key=lambda pair: -pair[0].grad_fn._sequence_nr())  # type: ignore[union-attr]
+    direct: list[tuple[Tensor, Tensor]] = []
+    for tensor, gradient in latest_first[:_RETURNED]:
+        if direct:
+            later, theirs = [t for t, _ in direct], [g for _, g in direct]
+            (through,) = torch.autograd.grad(later, tensor, theirs, retain_graph=True, allow_unused=True)
+            if through is not None:
+                rest = gradient - through
+                if float(rest.norm()) <= _THROUGH * float(gradient.norm()):
+                    continue
+                gradient = rest
+        direct.append((tensor, gradient))
+    return direct
 
 
 def _read_inside(
