@@ -292,11 +292,12 @@ class Sophia(torch.optim.Optimizer):
         self.detach()
         self._take_model(inner, group)
 
-    def _take_model(self, inner: nn.Module, group: Any) -> None:
+    def _take_model(self, inner: nn.Module, group: Any, recorder: Recorder | None = None) -> None:
         self._model = inner
         self._refresher.group = group if self.process_group is None else self.process_group
         if self.mode == "replay":
-            self._recorder = self._recorder_of(inner)
+            self._recorder = self._recorder_of(inner) if recorder is None else recorder
+            self._recorder.hook()
             self._listen()
 
     def _recorder_of(self, model: nn.Module) -> Recorder:
@@ -312,12 +313,10 @@ class Sophia(torch.optim.Optimizer):
     def _found(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Record the forwards of a module that owns the parameters, from the one on that begins now."""
         inner, group = unwrapped(module)
-        check_ownership(self._trained() or self._parameters(), inner)
         if self._search is None or inner is self._model:
             return
-        if self._recorder is not None:
-            self._search.leave(self._recorder)
-        self._take_model(inner, group)
+        check_ownership(self._trained() or self._parameters(), inner)
+        self._take_model(inner, group, self._search.exchange(self._recorder, inner, group))
         self._was_found = True
         _log.info(
             "Sophia records the training forwards of %s, found by its parameters: of the modules that own "
@@ -472,6 +471,11 @@ class Sophia(torch.optim.Optimizer):
             if is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
         ]
         if due and self._something_trains():
+            if self._search is not None and self._recorder is not None:
+                trained, ranks = self._search.trained(self._recorder)
+                if trained is not self._recorder:
+                    self._search.exchange(self._recorder, trained.model, ranks)
+                    self._take_model(trained.model, ranks, trained)
             recorder = self._recorder or self._stand_in()
             if recorder is None:
                 raise RuntimeError(

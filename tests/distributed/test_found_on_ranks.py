@@ -48,11 +48,12 @@ def found(layout, order):
     x, y, _ = layouts.share()
     model(x, y)
     assert opt._model is inner
-    for module in inner.modules():
+    whole = layouts.whole_of_flat(model) if layout == "flat" else None
+    result = report(model, opt, accumulate=False, whole=whole)
+    for module in model.modules():
         hooks = [hook for hook in module._forward_pre_hooks.values() if "sophia" in type(hook).__module__]
         assert len(hooks) == (module is inner)
-    whole = layouts.whole_of_flat(model) if layout == "flat" else None
-    return report(model, opt, accumulate=False, whole=whole)
+    return result
 
 
 @pytest.mark.parametrize(

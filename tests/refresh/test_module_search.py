@@ -234,7 +234,8 @@ COMPILED = {
 
 @pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.parametrize("fullgraph", [False, True])
-def test_no_graph_breaks_and_none_is_made_again(kind, fullgraph):
+@pytest.mark.parametrize("looked_at", [False, True], ids=["trained", "looked at, trained"])
+def test_no_graph_breaks_and_none_is_made_again(kind, fullgraph, looked_at):
     """A hook on an owner inside the compiled one, which its compiler would meet."""
     torch._dynamo.reset()
     counters.clear()
@@ -244,14 +245,18 @@ def test_no_graph_breaks_and_none_is_made_again(kind, fullgraph):
         graphs.append(graph)
         return graph
 
-    model = Around(Bare())
+    model = Around(Tied())
     build = lambda m: Sophia(m.parameters(), **SETTINGS)
     call, opt = COMPILED[kind](model, build, backend=compiler, fullgraph=fullgraph)
-    train(opt, call, 5)
+    batch = torch.randint(0, 9, (8, 5)), torch.randint(0, 9, (8, 5))
+    if looked_at:
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            with mode:
+                call(batch[0])
+    train(opt, call, 5, batch)
     assert opt.stats()["refreshes"] == 3
-    assert len(graphs) == 1
+    assert len(graphs) == counters["stats"]["unique_graphs"] == (2 if looked_at else 1)
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---- more than one module, more than one optimizer ----
@@ -309,15 +314,59 @@ def test_a_forward_that_is_not_trained_does_not_decide(probe):
     assert hooked(another) == []
 
 
-def test_a_part_called_alone_and_then_in_the_whole():
-    """Both ways go through the part, so that all forwards are recorded there; called by its holder too."""
+@pytest.mark.parametrize("first", ["part", "whole"])
+def test_a_part_called_alone_and_in_the_whole(first):
+    """The forwards of the one or of the other would be lost."""
     holder = Around(Bare())
     opt = Sophia(holder.parameters(), **SETTINGS)
     x, y = data(8)
-    loss_of(holder.inner, x, y).backward()
-    loss_of(holder, x, y).backward()
-    with pytest.raises(RuntimeError, match="training forwards of Bare and Around were seen"):
+    for call in (holder.inner, holder) if first == "part" else (holder, holder.inner):
+        loss_of(call, x, y).backward()
+    with pytest.raises(
+        RuntimeError, match=r"training forwards of (Bare and Around|Around and Bare) were seen"
+    ):
         opt.step()
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no gradients"])
+def test_a_validation_through_another_module(mode):
+    """As in a LightningModule that calls itself to validate, and its model to train, before and after."""
+    module = Around(Bare())
+    opt = Sophia(module.parameters(), **SETTINGS)
+    x, y = data(8)
+    given = Bare()
+    other = Sophia(given.parameters(), model=given, **SETTINGS)
+
+    def validate():
+        module.train(mode == "training")
+        with torch.set_grad_enabled(mode != "no gradients"):
+            module(x)
+        module.train()
+
+    for half in (slice(0, 4), slice(4, 8)):
+        validate()
+        loss_of(module.inner, x[half], y[half]).backward()
+        validate()
+        loss_of(given, x[half], y[half]).backward()
+    for each in (opt, other):
+        each.step()
+    assert opt._model is module.inner
+    assert same(opt, other)
+    assert hooked(module) == [module.inner]
+
+
+def test_a_part_that_is_run_again_in_the_backward():
+    """Activation checkpointing calls a part that owns all parameters outside of the whole's forward."""
+
+    class Checkpointed(Tied):
+        def forward(self, ids):
+            return self.head(torch.utils.checkpoint.checkpoint(self.backbone, ids, use_reentrant=False))
+
+    x, y = torch.randint(0, 9, (8, 5)), torch.randint(0, 9, (8, 5))
+    model = Checkpointed()
+    opt = Sophia(model.parameters(), **SETTINGS)
+    train(opt, model, batch=(x, y))
+    assert opt._model is model
 
 
 class Generator(nn.Module):
@@ -448,7 +497,8 @@ def test_nothing_was_called(how):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match=r"due, but no module that owns the parameters \(ByMethod\) ran"):
+    where = r"no module that owns the parameters \(ByMethod\) ran|ByMethod ran no forward in training mode"
+    with pytest.raises(RuntimeError, match=rf"a Hessian refresh is due.*({where})"):
         opt.step()
     assert all(map(torch.equal, before, model.parameters()))
     model.zero_grad()

@@ -38,6 +38,8 @@ class Reachable(Protocol):
 
     reached: bool
     """Whether a backward has come through."""
+    evaluation: bool
+    """Whether it is a forward in evaluation mode, which counts only if a backward comes through."""
     kept: bool
     """Whether there were gradients in ``.grad`` at the end of that backward."""
     graph: Any
@@ -82,6 +84,8 @@ class Arrivals:
 
     def begin(self, recording: Reachable) -> None:
         """A backward has come to a recording."""
+        if not self._ends_in_parameters():
+            return
         task = torch._C._current_graph_task_id()
         if task != self._task or not self._now:
             self._task, self._now = task, []
@@ -94,6 +98,24 @@ class Arrivals:
                 pass  # a compiled backward: its gradients are not followed
         recording.reached = True
         self._now.append(recording)
+
+    def _ends_in_parameters(self) -> bool:
+        """Whether the backward that is running leaves a gradient in a parameter, or hands one out; not
+        ``torch.autograd.grad(loss, inputs)``, by which an attack looks for its direction.
+        """
+        engine: Any = torch.autograd.Variable._execution_engine
+        if engine.is_checkpoint_valid():  # no inputs= were named, so that all are reached
+            return True
+        # Wrappers that shard have others in the graph.
+        leaves = [p for p in self._parameters if p.requires_grad]
+        if not leaves or not all(p.is_leaf and not is_dtensor(p) for p in leaves):
+            return True
+        with torch.enable_grad():
+            ends: list[Any] = [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr]
+        try:
+            return any(torch._C._will_engine_execute_node(end) for end in ends)
+        except RuntimeError:  # one of them is among the inputs of autograd.grad()
+            return True
 
     @untraced
     def _end(self) -> None:
@@ -135,10 +157,12 @@ class Arrivals:
             return
         recordings = holder.recordings
         unused = [r for r in recordings if not r.reached and (r.graph is None or r.graph() is None)]
+        dropped = {id(r) for r in unused if r.evaluation}
+        unused = [r for r in unused if not r.evaluation]
         if not any(r.reached for r in recordings):
             unused = unused[: max(0, len(unused) + 1 - MOST_UNUSED)]
             self._say(len(unused), f"{MOST_UNUSED} training forwards without a backward")
-        dropped = {id(r) for r in unused}
+        dropped |= {id(r) for r in unused}
         if not dropped and len(recordings) >= MOST:
             dropped = {id(r) for r in recordings[: len(recordings) + 1 - MOST]}
             self._say(len(dropped), f"{MOST} training forwards")

@@ -97,7 +97,7 @@ class Witnesses:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Noted:
         """What can only be noted before the forward; for ``after``."""
-        form, witness, state = _form((args, dict(kwargs))), None, None
+        form, witness, state = (model.training, _form((args, dict(kwargs)))), None, None
         evaluated = frozenset(id(module) for module in model.modules() if not module.training)
         if form not in self.proved and self._can_prove:
             witness = Witness(form, Noise(cuda_devices(self._parameters)), [])

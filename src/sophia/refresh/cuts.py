@@ -88,7 +88,7 @@ class Cuts:
     def _kind_of(recorder: Recorder, recording: Recording, divisions: Sequence[Division]) -> Hashable:
         lengths = (*((d.dim, d.starts is None) for d in divisions), len(recording.outputs) > 1)
         inputs = tuple(kind_of_inputs(recording.args, recording.kwargs, d.size) for d in divisions)
-        return lengths, inputs, hash(tuple(module.training for module in recorder.model.modules()))
+        return lengths, inputs, recording.conditions.evaluated
 
     def _prove(
         self,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sophia.likelihoods import Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
@@ -32,17 +33,17 @@ from sophia.refresh.model_outputs import find_logits, find_loss, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs
 from sophia.refresh.output_layer import BeforeTheHead, may_be_found_later
 from sophia.refresh.places import at, fields, places_in
-from sophia.refresh.recording import Autocast, Outputs, Recording
+from sophia.refresh.recording import Autocast, Outputs, Recording, trained
 from sophia.refresh.sampled_reading import take_probes
 from sophia.refresh.sandbox import in_sandbox
 from sophia.refresh.views import Through, is_view_of
 
-__all__ = ["Autocast", "Outputs", "Recorder", "Recording", "is_training_forward"]
+__all__ = ["Autocast", "Outputs", "Recorder", "Recording", "may_be_trained"]
 
 
-def is_training_forward(model: nn.Module) -> bool:
-    """Whether a forward of ``model`` that begins now may be one of a training step."""
-    if in_sandbox() or not (model.training and torch.is_grad_enabled()):
+def may_be_trained(model: nn.Module) -> bool:
+    """Whether a forward of ``model`` that begins now may be one of a training step, in either mode."""
+    if in_sandbox() or not torch.is_grad_enabled():
         return False
     if torch._C._is_tracing() or torch.compiler.is_compiling():  # the forward of an export
         return False
@@ -109,10 +110,16 @@ class Recorder:
         """Width of the hidden states that the model returns, once the loss was seen to make its logits of
         them.
         """
-        self._handles = [
-            model.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
-            model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self.hook()
+
+    def hook(self) -> None:
+        """Put the hooks on the model, unless they are on."""
+        if not self._handles:
+            self._handles = [
+                self.model.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
+                self.model.register_forward_hook(Hook(self, "after"), with_kwargs=True),
+            ]
 
     def unhook(self) -> None:
         """Take the hooks off the model; what was recorded stays."""
@@ -141,7 +148,7 @@ class Recorder:
 
     def counts(self) -> bool:
         """Whether a backward came through a recorded forward, and its gradients were not thrown away; of one
-        that was not recorded, whether it came.
+        in training mode that was not recorded, whether it came.
         """
         self.arrivals.drop_thrown_away()
         return self.unrecorded or any(recording.reached for recording in self.recordings)
@@ -150,19 +157,19 @@ class Recorder:
         """Whether the weights of all predictions of the step were read, and each forward has one for all; or
         no gradient came of which they could be.
         """
-        parts = [part for recording in self.recordings if recording.reached for part in recording.outputs]
+        parts = [part for r in trained(self.recordings) if r.reached for part in r.outputs]
         read = all(p.mask is None or (p.weights is not None and not p.unread) for p in parts)
         return bool(parts) and read and all(part.equal for part in parts)
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: note the inputs before the model can change them."""
-        if not is_training_forward(model):
+        if not may_be_trained(model):
             return
         if not self.active:
-            self.unrecorded = True
+            self.unrecorded |= model.training
             return
         self.arrivals.tidy()
-        if getattr(model, "_is_replica", False):
+        if model.training and getattr(model, "_is_replica", False):
             raise RuntimeError(
                 f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
                 "of the model and a part of the batch: their forwards cannot be run again on this one. Start "
@@ -181,8 +188,15 @@ class Recorder:
         conditions = self.witnesses.after(model, noted, tensors_in(fields(output)))
         recording = Recording(args, kwargs, Autocast.now(device_type), (), conditions)
         recording.versions = [(t, t._version) for t in tensors_in((args, kwargs)) if not t.is_inference()]
-        if not self._is_loss_alone(output):
-            self._listen(recording, output)
+        recording.evaluation = not model.training
+        try:
+            if not self._is_loss_alone(output):
+                self._listen(recording, output)
+        except Exception as error:
+            if model.training:
+                raise
+            # What a model returns in a validation may be something else; it matters if that is trained.
+            recording.refused = error
         self.arrivals.listen(recording, tensors_in(fields(output)))
         self.recordings.append(recording)
 

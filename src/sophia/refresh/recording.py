@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from sophia.refresh.graph_search import Kin
 from sophia.refresh.places import Place
 from sophia.refresh.views import View
 
-__all__ = ["Autocast", "Other", "Outputs", "Recording", "Source"]
+__all__ = ["Autocast", "Other", "Outputs", "Recording", "Source", "trained"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,10 @@ class Recording:
     """What the first of the outputs is called in what the model returned."""
     reached: bool = False
     """Whether a backward has come through the outputs of this forward."""
+    evaluation: bool = False
+    """Whether the model was in evaluation mode: then it is a training forward only if a backward says so."""
+    refused: Exception | None = None
+    """Why nothing can be made of the outputs of such a forward."""
     kept: bool = False
     graph: Any = None
     """Both for ``arrivals.py``."""
@@ -170,3 +174,12 @@ class Recording:
     def overwritten(self) -> bool:
         """Whether an input has been changed in place since the forward."""
         return any(tensor._version != version for tensor, version in self.versions)
+
+
+def trained(recordings: Sequence[Recording]) -> list[Recording]:
+    """Those that entered the loss: where a backward came through some, no others (a validation without
+    ``eval()``); and those in evaluation mode only if it came through them, and through none in training mode.
+    """
+    reached = [recording for recording in recordings if recording.reached]
+    training = [recording for recording in reached or recordings if not recording.evaluation]
+    return training or reached

@@ -114,8 +114,6 @@ class Refresher:
             the model's.
         """
         self.check_estimator(parameters)
-        if search is not None:
-            search.look()
         ranks = self.ranks(recorder.model, parameters)
         # Before the sandbox puts the gradients aside. Summed, as a rank's shards may be empty.
         scale = measured(*(ranks.total(product) for product in recorder.arrivals.scale.products()))
@@ -170,7 +168,7 @@ class Refresher:
     ) -> None:
         """Raise RuntimeError where nothing was recorded, or nothing of which h could be made."""
         if search is not None:
-            search.check(recorder)
+            search.check()
         check_recorded(recorder, parameters, step)
         if self.estimator.needs_outputs:
             self._misread.check(usable(recorder), type(recorder.model).__name__)

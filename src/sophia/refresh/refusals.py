@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sophia.distributed.wrappers import parameters_at_rest
 from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.recorder import Recorder
+from sophia.refresh.recording import trained
 from sophia.refresh.replay import usable
 from sophia.refresh.unseen import find_unseen
 
@@ -25,7 +26,7 @@ _OF_ROWS = ("grad_sample", "_norm_sample")  # a gradient, or its norm, for every
 
 def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
     """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
-    if not recorder.recordings:
+    if not trained(recorder.recordings):
         # Ghost clipping clears, between its two backwards, what the first has come through.
         check_no_gradients_of_rows(recorder.model)
         own = type(recorder.model).__call__ is not nn.Module.__call__
@@ -33,9 +34,10 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
         raise RuntimeError(
             f"a Hessian refresh is due at step {step}, but the attached module "
             f"{type(recorder.model).__name__} ran no forward in training mode since the last step"
-            f"{passes if own else ''}. Pass the module that is really called and returns logits (not a "
-            "LightningModule or wrapper), call model.train(), or use mode='manual', as where the loop calls "
-            f"another method of the module (policy.evaluate_actions(...)), which no hook sees. {BY_HAND}"
+            f"{passes if own else ''}, and no backward came through one in evaluation mode. Pass the module "
+            "that is really called and returns logits (not a LightningModule or wrapper), call "
+            "model.train(), or use mode='manual', as where the loop calls another method of the module "
+            f"(policy.evaluate_actions(...)), which no hook sees. {BY_HAND}"
         )
     check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)

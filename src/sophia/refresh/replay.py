@@ -22,7 +22,7 @@ from sophia.refresh.eager import eager
 from sophia.refresh.loss_graph import backward
 from sophia.refresh.model_outputs import items_of_part, mean_loss
 from sophia.refresh.recorder import Recorder
-from sophia.refresh.recording import Recording
+from sophia.refresh.recording import Recording, trained
 from sophia.refresh.seeds import generator
 
 __all__ = ["Choice", "Replay", "RowsCannotBeTaken", "are_read", "choose", "detached", "usable"]
@@ -217,10 +217,10 @@ def _sums(
 
 def usable(recorder: Recorder) -> list[Recording]:
     """The recordings that entered the loss. Raises RuntimeError if one of them cannot be repeated."""
-    recordings = recorder.recordings
-    # Where a backward came through some, the others never entered the loss (a validation without eval()).
-    if any(recording.reached for recording in recordings):
-        recordings = [recording for recording in recordings if recording.reached]
+    recordings = trained(recorder.recordings)
+    for recording in recordings:
+        if recording.refused is not None:
+            raise recording.refused
     if any(recording.overwritten() for recording in recordings):
         raise RuntimeError(
             "an input tensor was modified in place between forward and step(), so the forward cannot be "
