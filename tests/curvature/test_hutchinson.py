@@ -173,6 +173,33 @@ def test_bad_distribution_is_named():
         Hutchinson(distribution="normal")
 
 
+class OfOneOrder(torch.autograd.Function):
+    """A kernel with a backward that cannot be differentiated, as fused ones have it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+def test_a_kernel_of_one_order_is_named():
+    """Its part of the Hessian left out: autograd sees no way from there to a parameter, and says nothing."""
+    x = nn.Parameter(torch.ones(3))
+    opt = Sophia([x], mode="manual", estimator="hutchinson")
+    with (
+        pytest.raises(
+            RuntimeError, match=r"Hutchinson's .*once differentiable.*Fused kernels.*estimator='gnb'"
+        ),
+        opt.hessian_pass() as hp,
+    ):
+        hp.add(OfOneOrder.apply(x).square().sum() + x.square().sum(), count=1)
+
+
 def test_own_estimator_gets_the_batches_and_the_count():
     """The interface that researchers build on."""
 

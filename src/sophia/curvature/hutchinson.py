@@ -83,7 +83,12 @@ class _ProbePass(PassByHand):
         if count == 0:  # a mean over nothing is NaN
             return
         self._count += count
-        products = hessian_vector_product(loss, self._context.parameters, self._probe)
+        try:
+            products = hessian_vector_product(loss, self._context.parameters, self._probe)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(_of_one_order(str(error).splitlines()[0])) from error
         for i, product in enumerate(products):
             if product is not None:
                 before = self._product[i]
@@ -107,11 +112,40 @@ def hessian_vector_product(loss: Tensor, parameters: Sequence[Tensor], vector: S
     [tensor([ 6., 12.])]
     """
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    _check_differentiable([g.grad_fn for g in gradients if g is not None])
     pairs = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return [None] * len(gradients)  # the loss is linear in all of them
     outputs, cotangents = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, parameters, cotangents, allow_unused=True))
+
+
+def _check_differentiable(roots: Sequence[Any]) -> None:
+    """Raise RuntimeError where the backward went through a function that is marked as once differentiable.
+
+    Autograd does not: it sees no way from there to a parameter, and leaves that part of the Hessian out.
+    """
+    seen = {node for node in roots if node is not None}
+    ahead = list(seen)
+    while ahead:
+        node = ahead.pop()
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "trying to differentiate twice a function that is marked as once differentiable"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                ahead.append(following)
+
+
+def _of_one_order(cause: str) -> str:
+    return (
+        "Hutchinson's estimator differentiates the backward of the loss once more, and a part of it could "
+        f"not be ({cause}). Fused kernels have a backward of one order: a fused output layer, flash "
+        "attention, most autograd functions of one's own. Let the model run its plain operations, or take "
+        "estimator='gnb', which needs one backward"
+    )
 
 
 def _probe(parameter: Tensor, distribution: str, generator: torch.Generator) -> Tensor:
