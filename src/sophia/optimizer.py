@@ -37,6 +37,7 @@ from sophia.step.dispatch import Work, current_gamma, work_of
 from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
 from sophia.step.hidden_matrices import groups_by_kind, model_that_tells_kinds
 from sophia.step.kernels.average_curvature import average
+from sophia.step.named_groups import groups_by_name
 from sophia.step.rounding import key_of_parameter, moved
 from sophia.step.rules import PAPER, RULES
 from sophia.step.state import RMS, add_what_is_missing, check_origin, other_settings, restore_state
@@ -262,6 +263,31 @@ class Sophia(torch.optim.Optimizer):
         if groups is None:
             return cls(model, **{**defaults, **settings})
         return cls(groups, model=model, **{**defaults, **settings})
+
+    @staticmethod
+    def groups(
+        model: nn.Module, patterns: Mapping[str, Mapping[str, Any]], *, weight_decay: float = 0.1
+    ) -> list[dict[str, Any]]:
+        """Parameter groups by patterns of names, for ``Sophia(groups, ...)``; the rest is as in
+        ``Sophia(model)``.
+
+        Args:
+            model: whose parameters, of which each falls to the first pattern that matches its name.
+            patterns: settings of a group (lr, gamma, weight_decay, rule, ...) by pattern, as in a shell:
+                ``"*embed*"``, ``"blocks.[01].*"``. A tied parameter has several names.
+            weight_decay: of matrices; vectors are not decayed. Where a pattern gives its own, that is for all
+                that it matches.
+
+        Raises:
+            ValueError: a pattern or a setting that would have no effect.
+
+        >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
+        >>> groups = Sophia.groups(model, {"0.*": {"lr": 1e-4}}, weight_decay=0.2)
+        >>> opt = Sophia(groups, lr=3e-4)
+        >>> [(g["param_names"], g["lr"], g["weight_decay"]) for g in opt.param_groups]
+        [(['0.weight'], 0.0001, 0.2), (['1.weight'], 0.0003, 0.2), (['1.bias'], 0.0003, 0.0)]
+        """
+        return groups_by_name(model, patterns, weight_decay)
 
     def _ready(self) -> None:
         """Set what is neither a setting nor state: it is made anew in a copy."""

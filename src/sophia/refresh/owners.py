@@ -122,7 +122,7 @@ def _size(module: nn.Module) -> int:
 
 def _nobody(number: int, parts: Sequence[tuple[str, int]]) -> str:
     shown = ", ".join(f"{name} holds {held} of {number}" for name, held in parts[:_SHOWN])
-    seen = shown + (", ..." if len(parts) > _SHOWN else "") if parts else "no module holds any"
+    seen = shown + (", ..." if len(parts) > _SHOWN else "") if parts else "no module alive holds any"
     frozen = (
         "; modules made before gc.freeze() cannot be found" if gc.get_freeze_count() and not parts else ""
     )
