@@ -68,18 +68,17 @@ class Inside:
 
         self.node.register_hook(hook)
 
-    def gradient(self, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor | None:
-        """What these gradients of returned tensors come to in the predictions."""
-        (found,) = torch.autograd.grad(
-            outputs, [self._edge()], gradients, retain_graph=True, allow_unused=True
-        )
-        return None if found is None else found.movedim(self.classes, -1).reshape(self.values.shape)
+    def as_predictions(self, gradient: Tensor) -> Tensor:
+        """A gradient at the edge, in the shape of the predictions."""
+        return gradient.movedim(self.classes, -1).reshape(self.values.shape)
 
     def entered(self, gradient: Tensor) -> tuple[GradientEdge, Tensor]:
         """Where, and with what, the backward of a gradient in the predictions begins."""
-        return self._edge(), gradient.reshape(self.own).movedim(-1, self.classes)
+        return self.edge, gradient.reshape(self.own).movedim(-1, self.classes)
 
-    def _edge(self) -> GradientEdge:
+    @property
+    def edge(self) -> GradientEdge:
+        """Between the predictions and what they are made of."""
         return GradientEdge(*self.node.next_functions[0])
 
 

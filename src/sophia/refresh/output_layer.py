@@ -26,6 +26,9 @@ __all__ = ["BeforeTheHead", "HiddenStates", "OutputLayer", "may_be_found_later",
 
 _MOST = 4  # layers that are tried
 
+Form = tuple[bool, int, int]
+"""Whether a module returned a tensor, how many dimensions it has, and its width."""
+
 
 @dataclass(frozen=True, eq=False)
 class OutputLayer:
@@ -127,18 +130,19 @@ def _settings(model: nn.Module) -> list[tuple[float, float | None]]:
 
 
 class HiddenStates:
-    """The last tensor of each width, and number of dimensions, that modules and functions of torch return,
-    noted while forwards run.
-    """
+    """The last tensor of each form that modules, and functions of torch, return, noted while forwards run."""
 
     def __init__(self) -> None:
-        self._last: dict[tuple[int, int], Tensor] = {}
+        self._last: dict[Form, Tensor] = {}
 
     @contextmanager
     def noted(self, model: nn.Module) -> Iterator[None]:
         """Inside, forwards of the model are listened to."""
         self._last.clear()
-        handles = [m.register_forward_hook(lambda _m, _i, out: self.note(out)) for m in model.modules()]
+        handles = [
+            m.register_forward_hook(lambda _m, _i, out: self.note(out, of_module=True))
+            for m in model.modules()
+        ]
         try:
             with _Results(self):
                 yield
@@ -146,24 +150,24 @@ class HiddenStates:
             for handle in handles:
                 handle.remove()
 
-    def note(self, output: Any) -> None:
+    def note(self, output: Any, *, of_module: bool) -> None:
         """Keep the first tensor of an output that may be of hidden states."""
         for tensor in tensors_in(fields(output)):
             if tensor.ndim >= 2 and tensor.grad_fn is not None and tensor.is_floating_point():
-                form = tensor.shape[-1], tensor.ndim
+                form = of_module, tensor.ndim, tensor.shape[-1]
                 self._last.pop(form, None)
                 self._last[form] = tensor
                 return
 
-    def of_form(self, form: tuple[int, int]) -> Tensor:
-        """The last one of that width and number of dimensions; KeyError if there was none."""
+    def of_form(self, form: Form) -> Tensor:
+        """The last one of that form; KeyError if there was none."""
         return self._last[form]
 
-    def forms(self) -> list[tuple[int, int]]:
-        """Of all that were noted: those of most dimensions first, which have not been flattened, and of these
-        the latest.
+    def forms(self) -> list[Form]:
+        """Of all that were noted: those of modules first, and of most dimensions, which have not been shifted
+        or flattened, and of these the latest.
         """
-        return sorted(reversed(self._last), key=lambda form: -form[1])
+        return sorted(reversed(self._last), key=lambda form: (not form[0], -form[1]))
 
 
 class _Results(TorchFunctionMode):
@@ -178,7 +182,7 @@ class _Results(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple)):
-            self._states.note(result)
+            self._states.note(result, of_module=False)
         return result
 
 
@@ -188,8 +192,8 @@ class BeforeTheHead:
 
     model: nn.Module
     layer: OutputLayer
-    form: tuple[int, int]
-    """Width and number of dimensions of these states."""
+    form: Form
+    """Of these states."""
     states: HiddenStates = field(default_factory=HiddenStates)
 
     @contextmanager
