@@ -346,7 +346,7 @@ def test_another_optimizer_is_run_and_not_judged():
 
 
 def test_a_subclass_gets_the_model():
-    """A class derived from Sophia would be given bare parameters, and refuse them."""
+    """A class derived from Sophia would be given bare parameters, and decay the vectors too."""
 
     class Mine(Sophia):
         pass

@@ -256,13 +256,25 @@ def test_an_optimizer_for_each_parameter_in_the_backward_is_refused():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def test_copies_inside_data_parallel_are_refused():
+def replica(module):
+    """As ``torch.nn.parallel.replicate`` makes one for each device: without parameters of its own."""
+    made = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        made._modules[name] = None if child is None else replica(child)
+    for name, p in module._parameters.items():
+        setattr(made, name, None if p is None else p * 1)
+    return made
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model", "parameters"])
+def test_copies_inside_data_parallel_are_refused(given):
     """Their inputs lie on other devices, and each would be taken for the whole batch."""
     model = GPT(layers=1)
-    opt = Sophia(model)
+    opt = Sophia(model if given else model.parameters())
     with pytest.raises(RuntimeError, match=r"GPT runs inside torch\.nn\.DataParallel.*one process a device"):
-        model._replicate_for_data_parallel()(*data(4))
+        replica(model)(*data(4))
     assert not opt.state
+    assert replica(model.eval())(*data(4))[1].requires_grad
 
 
 def test_data_parallel_over_one_device_is_the_module():

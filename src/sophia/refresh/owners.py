@@ -112,8 +112,11 @@ def _parts(modules: Iterable[nn.Module], wanted: set[int]) -> list[tuple[str, in
         # The innermost of those that hold the same is the model inside of wrappers.
         if _can_be_called(module) and (part not in by_part or _size(module) < _size(by_part[part])):
             by_part[part] = module
-    largest = [part for part in by_part if not any(part < other for other in by_part)]
-    return sorted(((name_of(by_part[part]), len(part)) for part in largest), key=lambda pair: -pair[1])
+    largest: list[frozenset[int]] = []
+    for part in sorted(by_part, key=len, reverse=True):
+        if not any(part < other for other in largest):
+            largest.append(part)
+    return [(name_of(by_part[part]), len(part)) for part in largest]
 
 
 def _size(module: nn.Module) -> int:

@@ -49,6 +49,12 @@ def may_be_trained(model: nn.Module) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False  # inside torch.func (vmap, grad, hessian) there is no .grad, and no step follows
+    if model.training and getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
+            "of the model and a part of the batch: their forwards cannot be run again on this one. Start "
+            "one process a device (torchrun, DistributedDataParallel), or show one device to this one"
+        )
     # All frozen, as a discriminator in its generator's step: then the loss is not about it.
     return any(p.requires_grad for p in model.parameters())
 
@@ -169,12 +175,6 @@ class Recorder:
             self.unrecorded |= model.training
             return
         self.arrivals.tidy()
-        if model.training and getattr(model, "_is_replica", False):
-            raise RuntimeError(
-                f"{type(model).__name__} runs inside torch.nn.DataParallel, which gives each device a copy "
-                "of the model and a part of the batch: their forwards cannot be run again on this one. Start "
-                "one process a device (torchrun, DistributedDataParallel), or show one device to this one"
-            )
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
         self._pending = (args, dict(kwargs), self.witnesses.before(model, args, kwargs))
