@@ -521,3 +521,23 @@ def test_a_loss_that_changes_its_kind_ends_nothing():
             opt.zero_grad()
 
     assert any("is so no longer" in words for words in said(run))
+
+
+def test_a_fused_model_is_run_once_more_only_at_first():
+    """Later its last hidden states are listened to in the training forwards themselves."""
+    ids, targets = sentences((6,) * 8)
+    torch.manual_seed(0)
+    net = Net()
+    model, calls = Around(net, fused), []
+    model.register_forward_hook(lambda *_: calls.append(None))
+    opt = Sophia(model, lr=1e-4, update_every=1, fraction=1.0)
+    numbers = []
+    for _ in range(3):
+        calls.clear()
+        model(ids, targets).backward()
+        opt.step()
+        opt.zero_grad()
+        numbers.append(len(calls))
+    assert numbers[1:] == [2, 2]  # the training forward, and that of the refresh
+    assert not net.norm._forward_hooks
+    assert not net._forward_hooks

@@ -42,7 +42,8 @@ def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
             )
         return part.mask
     device = next(recorder.model.parameters()).device
-    if part.returned and any(other.mask is not None for other in recording.outputs):
+    others = any(other.mask is not None for other in recording.outputs)
+    if recording.source is not None or (part.returned and others):
         # The loss of this step left the head out, as its own output would have got a gradient.
         return torch.zeros(shape, dtype=torch.bool, device=device)
     mask = _mask_from_labels(recorder, recording, part)

@@ -6,21 +6,24 @@ which layer the loss used, and what each prediction weighs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
-from sophia.likelihoods import Problem, Reading
+from sophia.likelihoods import Head, Problem, Reading
 from sophia.likelihoods.before_the_head import Fit, fit_before_the_head
 from sophia.likelihoods.lines import TOLERANCE, digits
-from sophia.refresh.output_layer import BeforeTheHead, Form, HiddenStates, OutputLayer, output_layers
-from sophia.refresh.recorder import Recorder
-from sophia.refresh.recording import Outputs, Recording
+from sophia.refresh.output_layer import OutputLayer
+from sophia.refresh.recording import Outputs
 from sophia.refresh.sampled_reading import rows_to_read
 
-__all__ = ["HiddenReading"]
+__all__ = ["ENOUGH", "OfHidden", "nearest_layer", "output_of"]
 
+ENOUGH = 0.9
+"""Share of a gradient that must be explained."""
 _TRIED = 64  # predictions by which it is told which layer was used
 _CHANGED = Problem(
     "another loss before the head",
@@ -30,74 +33,69 @@ _CHANGED = Problem(
 )
 
 
-class HiddenReading:
-    """The states of one forward that may be those before an output layer.
+def nearest_layer(layers: Sequence[OutputLayer], hidden: Tensor, gradient: Tensor) -> tuple[OutputLayer, Fit]:
+    """The layer whose logits' cross-entropy explains the gradient best, and how well.
 
     Args:
-        recorder: whose model it was; it remembers where the predictions were found once.
-        states: of that forward.
+        layers: one at least.
+        hidden: states, ``(..., d)``.
+        gradient: what arrived in them, not zero everywhere.
+    """
+    flat, g = hidden.reshape(-1, hidden.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    rows = (g != 0).any(1).nonzero().squeeze(1)
+    some, dtype = rows[:: max(1, len(rows) // _TRIED)][:_TRIED], digits(g)
+    fits = [(layer, _fit(layer, flat[some], g[some])) for layer in layers]
+    return min(fits, key=lambda pair: (-round(pair[1].share(dtype), 2), pair[1].noise(dtype)))
+
+
+def output_of(head: Head, layer: OutputLayer, shape: torch.Size) -> Outputs:
+    """The predictions that a layer makes of hidden states ``(..., d)``, before anything is known of them."""
+    return Outputs(head, torch.Size([*shape[:-1], layer.weight.shape[0]]), False)
+
+
+class OfHidden:
+    """Hook on hidden states: reads from their gradient which predictions count, and what they weigh.
+
+    Args:
+        part: where to note it; held weakly.
+        layer: that makes the predictions.
+        hidden: the states, ``(..., d)``, without their graph.
+        sample: key of the sample of predictions that are read; None for all.
+        maximize: whether the gradient is minus that of a loss.
     """
 
-    def __init__(self, recorder: Recorder, states: HiddenStates) -> None:
-        self._recorder = recorder
-        known = recorder.layer
-        forms = states.forms() if known is None else [form for form in states.forms() if form == known.form]
-        self._candidates: list[tuple[Form, list[OutputLayer]]] = []
-        for form in forms:
-            layers = output_layers(recorder.model, form[-1]) if known is None else [known.layer]
-            if layers:
-                self._candidates.append((form, layers))
-        self.tensors = [states.of_form(form) for form, _ in self._candidates]
-        """Of which the gradients are wanted."""
+    def __init__(
+        self,
+        part: Outputs,
+        layer: OutputLayer,
+        hidden: Tensor,
+        *,
+        sample: tuple[int, ...] | None,
+        maximize: bool,
+    ) -> None:
+        self._part, self._layer, self._hidden = weakref.ref(part), layer, hidden
+        self._sample, self._maximize = sample, maximize
 
-    def read(
-        self, recording: Recording, gradients: Sequence[Tensor | None], *, returned: Sequence[Tensor]
-    ) -> bool:
-        """Give the recording its output, made of the first states whose gradient fits; whether there are any.
-
-        Args:
-            recording: of the forward.
-            gradients: in `tensors`.
-            returned: tensors that the model returned, in which gradients arrived.
-        """
-        for (form, layers), hidden, gradient in zip(self._candidates, self.tensors, gradients, strict=True):
-            if gradient is None or not bool(gradient.any()):
-                continue
-            found = self._output(layers, hidden, gradient)
-            if found is None:
-                continue
-            part, layer = found
-            recording.outputs, recording.others = (part,), []
-            recording.source = self._recorder.layer = BeforeTheHead(self._recorder.model, layer, form)
-            if any(t.ndim and t.shape[-1] == form[-1] for t in returned):
-                self._recorder.hidden_width = form[-1]
-            return True
-        return False
-
-    def _output(
-        self, layers: Sequence[OutputLayer], hidden: Tensor, gradient: Tensor
-    ) -> tuple[Outputs, OutputLayer] | None:
-        width = hidden.shape[-1]
-        flat, g = hidden.detach().reshape(-1, width), gradient.reshape(-1, width)
-        g = -g if self._recorder.maximize else g
+    @untraced
+    def __call__(self, gradient: Tensor | None) -> None:
+        part = self._part()
+        if part is None or gradient is None:
+            return
+        width = gradient.shape[-1]
+        flat, g = self._hidden.reshape(-1, width), gradient.detach().reshape(-1, width)
+        g = -g if self._maximize else g
         counted = (g != 0).any(1)
-        rows = counted.nonzero().squeeze(1)
-        some = rows[:: max(1, len(rows) // _TRIED)][:_TRIED]
-        dtype = digits(g)
-        fits = [(_fit(layer, flat[some], g[some]), layer) for layer in layers]
-        fit, layer = min(fits, key=lambda pair: (-round(pair[0].share(dtype), 2), pair[0].noise(dtype)))
-        fitting = fit.share(dtype) >= 0.9
-        if not fitting and self._recorder.layer is None:
-            return None
-        shape = torch.Size([*hidden.shape[:-1], layer.weight.shape[0]])
-        part = Outputs(self._recorder.heads[0], shape, False)
-        part.mask = counted.view(part.prediction_shape)
-        if fitting:
-            _read(part, layer, flat, g, rows, rows_to_read(len(rows), self._recorder.sample))
+        mask = counted.view(part.prediction_shape)
+        part.mask = mask if part.mask is None else part.mask | mask
+        if not bool(counted.any()):
+            return
+        share = nearest_layer([self._layer], flat, g)[1].share(digits(g))
+        if share >= ENOUGH:
+            rows = counted.nonzero().squeeze(1)
+            _read(part, self._layer, flat, g, rows, rows_to_read(len(rows), self._sample))
         else:
-            part.take(Reading(None, _CHANGED, fit.share(dtype)))
+            part.take(Reading(None, _CHANGED, share))
             part.problems.append(_CHANGED)
-        return part, layer
 
 
 def _read(

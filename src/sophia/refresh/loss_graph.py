@@ -107,19 +107,31 @@ def found_inside(tensors: Iterable[Tensor], head: Head) -> list[Inside]:
     if kind is None:
         return []
     name, kept = kind
-    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen: set[Any] = set(waiting)
     found: list[Inside] = []
-    while waiting and len(found) < _MOST:
-        node: Any = waiting.pop()
-        if node.name() == name and node.next_functions[0][0] is not None:
+    for node in _nodes(tensors, but_through=name):
+        if node.name() == name and node.next_functions[0][0] is not None and len(found) < _MOST:
             found.append(_inside(node, kept, head.likelihood.event_dims))
-            continue  # what a loss is made of is no loss
+    return found
+
+
+def _nodes(tensors: Iterable[Tensor], but_through: str = "") -> Iterator[Any]:
+    """All nodes of a graph, the latest first, but what a node of that name is made of: that is no loss."""
+    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if node.name() == but_through:
+            continue
         for following, _ in reversed(node.next_functions):
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return found
+
+
+def is_compiled(tensors: Iterable[Tensor]) -> bool:
+    """Whether a compiled graph is anywhere in that of these tensors."""
+    return any(node.name().startswith("CompiledFunction") for node in _nodes(tensors))
 
 
 def _inside(node: Any, kept: str, event_dims: int) -> Inside:

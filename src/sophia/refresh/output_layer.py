@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +23,7 @@ from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import tensors_in
 from sophia.refresh.places import fields
 
-__all__ = ["BeforeTheHead", "HiddenStates", "OutputLayer", "may_be_found_later", "output_layers"]
+__all__ = ["BeforeTheHead", "Catch", "HiddenStates", "OutputLayer", "may_be_found_later", "output_layers"]
 
 _MOST = 4  # layers that are tried
 
@@ -134,14 +135,14 @@ class HiddenStates:
 
     def __init__(self) -> None:
         self._last: dict[Form, Tensor] = {}
+        self._makers: dict[Form, nn.Module] = {}
 
     @contextmanager
     def noted(self, model: nn.Module) -> Iterator[None]:
         """Inside, forwards of the model are listened to."""
         self._last.clear()
         handles = [
-            m.register_forward_hook(lambda _m, _i, out: self.note(out, of_module=True))
-            for m in model.modules()
+            m.register_forward_hook(lambda module, _, out: self.note(out, module)) for m in model.modules()
         ]
         try:
             with _Results(self):
@@ -150,14 +151,20 @@ class HiddenStates:
             for handle in handles:
                 handle.remove()
 
-    def note(self, output: Any, *, of_module: bool) -> None:
-        """Keep the first tensor of an output that may be of hidden states."""
-        for tensor in tensors_in(fields(output)):
-            if tensor.ndim >= 2 and tensor.grad_fn is not None and tensor.is_floating_point():
-                form = of_module, tensor.ndim, tensor.shape[-1]
-                self._last.pop(form, None)
-                self._last[form] = tensor
-                return
+    def note(self, output: Any, maker: nn.Module | None) -> None:
+        """Keep the first tensor of an output that may be of hidden states, and the module that made it."""
+        tensor = _first_states(output)
+        if tensor is None:
+            return
+        form = maker is not None, tensor.ndim, tensor.shape[-1]
+        if maker is not None and self._last.get(form) is not tensor:  # the innermost of those that return it
+            self._makers[form] = maker
+        self._last.pop(form, None)
+        self._last[form] = tensor
+
+    def maker_of(self, form: Form) -> nn.Module | None:
+        """The module that made the last one of that form; None for a function."""
+        return self._makers.get(form)
 
     def of_form(self, form: Form) -> Tensor:
         """The last one of that form; KeyError if there was none."""
@@ -168,6 +175,30 @@ class HiddenStates:
         or flattened, and of these the latest.
         """
         return sorted(reversed(self._last), key=lambda form: (not form[0], -form[1]))
+
+
+def _first_states(output: Any) -> Tensor | None:
+    for tensor in tensors_in(fields(output)):
+        if tensor.ndim >= 2 and tensor.grad_fn is not None and tensor.is_floating_point():
+            return tensor
+    return None
+
+
+class Catch:
+    """A hook that catches what one module returns in a training forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensor: Tensor | None = None
+        self._handle = module.register_forward_hook(self._note)
+
+    @untraced
+    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._tensor = _first_states(output)
+
+    def end(self) -> Tensor | None:
+        """Take the hook off; what was caught, last."""
+        self._handle.remove()
+        return self._tensor
 
 
 class _Results(TorchFunctionMode):
@@ -182,7 +213,7 @@ class _Results(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, (Tensor, tuple)):
-            self._states.note(result, of_module=False)
+            self._states.note(result, None)
         return result
 
 
@@ -194,6 +225,8 @@ class BeforeTheHead:
     layer: OutputLayer
     form: Form
     """Of these states."""
+    maker: nn.Module | None = None
+    """The module that returns them, if one does."""
     states: HiddenStates = field(default_factory=HiddenStates)
 
     @contextmanager

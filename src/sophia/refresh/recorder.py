@@ -26,12 +26,13 @@ from sophia.refresh.arrivals import Arrivals
 from sophia.refresh.asked_outputs import AskedOutputs
 from sophia.refresh.computed import Computed
 from sophia.refresh.conditions import Witnesses
+from sophia.refresh.hidden_reading import OfHidden, output_of
 from sophia.refresh.hook import Hook
 from sophia.refresh.listeners import Keeper, OfLoss, OfOutput
-from sophia.refresh.loss_graph import LossGraph, found_inside, is_made_of_losses
+from sophia.refresh.loss_graph import LossGraph, found_inside, is_compiled, is_made_of_losses
 from sophia.refresh.model_outputs import find_logits, find_loss, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs
-from sophia.refresh.output_layer import BeforeTheHead, may_be_found_later
+from sophia.refresh.output_layer import BeforeTheHead, Catch, may_be_found_later
 from sophia.refresh.places import at, fields, places_in
 from sophia.refresh.recording import Autocast, Outputs, Recording, trained
 from sophia.refresh.sampled_reading import take_probes
@@ -112,6 +113,9 @@ class Recorder:
         """Whether the loss is to be maximised: then its gradient is minus that of a likelihood's."""
         self.layer: BeforeTheHead | None = None
         """Where the predictions were, once they had to be found before the output layer."""
+        self.compiled = False
+        """Whether a compiled graph was seen in the model, which a hook inside would break."""
+        self._catch: Catch | None = None
         self.hidden_width: int | None = None
         """Width of the hidden states that the model returns, once the loss was seen to make its logits of
         them.
@@ -178,12 +182,16 @@ class Recorder:
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
         self._pending = (args, dict(kwargs), self.witnesses.before(model, args, kwargs))
+        self._caught()
+        if self.layer is not None and self.layer.maker is not None and not self.compiled:
+            self._catch = Catch(self.layer.maker)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook: find the logits and listen to their gradient."""
         if self._pending is None or in_sandbox():
             return
         (args, kwargs, noted), self._pending = self._pending, None  # type: ignore[assignment]
+        hidden = self._caught()
         device_type = next((p.device.type for p in model.parameters()), "cpu")
         conditions = self.witnesses.after(model, noted, tensors_in(fields(output)))
         recording = Recording(args, kwargs, Autocast.now(device_type), (), conditions)
@@ -191,7 +199,7 @@ class Recorder:
         recording.evaluation = not model.training
         try:
             if not self._is_loss_alone(output):
-                self._listen(recording, output)
+                self._listen(recording, output, hidden)
         except Exception as error:
             if model.training:
                 raise
@@ -200,9 +208,17 @@ class Recorder:
         self.arrivals.listen(recording, tensors_in(fields(output)))
         self.recordings.append(recording)
 
-    def _listen(self, recording: Recording, output: Any) -> None:
+    def _caught(self) -> Tensor | None:
+        """The hidden states of the forward that has just run, if they were looked for."""
+        catch, self._catch = self._catch, None
+        return None if catch is None else catch.end()
+
+    def _listen(self, recording: Recording, output: Any, hidden: Tensor | None) -> None:
         if self._keeps_to_itself(output):
-            self._listen_inside(recording, output)
+            if self.layer is not None and hidden is not None:
+                self._listen_before(recording, self.layer, hidden)
+            else:
+                self._listen_inside(recording, output)
             return
         found = self.find_outputs(output)
         returned = {id(tensor): tensor for tensor in tensors_in(fields(output))}
@@ -257,6 +273,13 @@ class Recorder:
             return True
         return bool(self.heads[0].likelihood.event_dims) and is_made_of_losses(found)
 
+    def _listen_before(self, recording: Recording, source: BeforeTheHead, hidden: Tensor) -> None:
+        """Listen to the hidden states of which the predictions were seen to be made."""
+        part = output_of(self.heads[0], source.layer, hidden.shape)
+        recording.outputs, recording.source = (part,), source
+        read = OfHidden(part, source.layer, hidden.detach(), sample=self.sample, maximize=self.maximize)
+        hidden.register_hook(read)  # type: ignore[no-untyped-call]
+
     def _listen_inside(self, recording: Recording, output: Any) -> None:
         """Listen to predictions that the graph of the output shows; where it shows none, keep the gradients
         that come to the output, of which the step finds out (``unseen.py``).
@@ -279,6 +302,7 @@ class Recorder:
                 take_probes(part, each.values, self.sample)
                 each.listen(OfOutput(part, self))
             return
+        self.compiled = is_compiled(t for _, t in returned)
         if not may_be_found_later(self.model, output):
             self.find_outputs(output)  # which says what is missing
         for place, tensor in returned:

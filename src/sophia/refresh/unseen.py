@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from sophia.likelihoods.lines import digits
 from sophia.refresh.eager import eager
-from sophia.refresh.hidden_reading import HiddenReading
+from sophia.refresh.hidden_reading import ENOUGH, OfHidden, nearest_layer, output_of
 from sophia.refresh.listeners import OfOutput
 from sophia.refresh.loss_graph import Inside, LossGraph, found_inside
 from sophia.refresh.moved_state import same_state
-from sophia.refresh.output_layer import HiddenStates
+from sophia.refresh.output_layer import BeforeTheHead, HiddenStates, output_layers
 from sophia.refresh.places import at
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Outputs, Recording
@@ -68,9 +69,7 @@ def _found(recorder: Recorder, recording: Recording, arrived: dict[Any, Tensor])
             return True
         if head.likelihood.event_dims != 1:
             return False
-        found = HiddenReading(recorder, states)
-        gradients = _gradients_in([get_gradient_edge(t) for t in found.tensors], pairs)
-        return found.read(recording, gradients, returned=[t for t, _ in pairs])
+        return _read_hidden(recorder, recording, states, pairs)
 
 
 def _gradients_in(
@@ -111,6 +110,35 @@ def _read_inside(
             OfOutput(part, recorder)(each.as_predictions(gradient))
         parts.append(part)
     recording.outputs, recording.source = tuple(parts), LossGraph(head)
+
+
+def _read_hidden(
+    recorder: Recorder, recording: Recording, states: HiddenStates, pairs: list[tuple[Tensor, Tensor]]
+) -> bool:
+    """Give the recording its output, made of the first states whose gradient fits; whether there are any."""
+    model, known = recorder.model, recorder.layer
+    forms = [form for form in states.forms() if known is None or form == known.form]
+    layers = {form: output_layers(model, form[-1]) if known is None else [known.layer] for form in forms}
+    forms = [form for form in forms if layers[form]]
+    hidden = [states.of_form(form) for form in forms]
+    gradients = _gradients_in([get_gradient_edge(t) for t in hidden], pairs)
+    for form, state, gradient in zip(forms, hidden, gradients, strict=True):
+        if gradient is None or not bool(gradient.any()):
+            continue
+        turned = -gradient if recorder.maximize else gradient
+        layer, fit = nearest_layer(layers[form], state.detach(), turned)
+        if known is None and fit.share(digits(gradient)) < ENOUGH:
+            continue
+        part = output_of(recorder.heads[0], layer, state.shape)
+        read = OfHidden(part, layer, state.detach(), sample=recorder.sample, maximize=recorder.maximize)
+        read(gradient)
+        recording.outputs, recording.others = (part,), []
+        recorder.layer = BeforeTheHead(model, layer, form, states.maker_of(form))
+        recording.source = recorder.layer
+        if any(t.ndim and t.shape[-1] == form[-1] for t, _ in pairs):
+            recorder.hidden_width = form[-1]
+        return True
+    return False
 
 
 def _nothing_found(recorder: Recorder, arrived: dict[Any, Tensor]) -> str:
