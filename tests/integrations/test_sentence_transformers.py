@@ -12,7 +12,7 @@ datasets = pytest.importorskip("datasets", reason="needs datasets (extra [hosts]
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from torch.nn.functional import normalize  # noqa: E402
+from torch.nn.functional import cross_entropy, normalize  # noqa: E402
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: E402
 
 from sophia import Sophia  # noqa: E402
@@ -99,6 +99,7 @@ def test_h_by_hand_is_the_oracle(model):
 def test_embeddings_are_refused_with_the_way_out(model):
     """Embeddings that are taken for logits in silence."""
     opt = Sophia(model)
-    with pytest.raises(RuntimeError, match=r"sentence_embedding.*mode='manual'.*estimator='hutchinson'"):
-        scores(model, pairs(6))
+    cross_entropy(scores(model, pairs(6)), torch.arange(6)).backward()
+    with pytest.raises(RuntimeError, match=r"returns no logits.*estimator='hutchinson'.*mode='manual'"):
+        opt.step()
     assert not opt.state

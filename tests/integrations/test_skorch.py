@@ -1,12 +1,14 @@
 """docs/hosts/skorch.md: named parameters and no model; forward and backward in a closure."""
 
 import pytest
+import torch
 from pages import refreshed, run
 from small_models import Classifier, examples
 
 skorch = pytest.importorskip("skorch", reason="needs skorch (extra [hosts])")
 
 from sophia import Sophia  # noqa: E402
+from tiny import LabelsFromLogits, estimate_in_state, oracle, relative_error  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,17 +38,21 @@ def test_page_with_accumulation():
     assert names["net"].optimizer_.stats()["gradient_scale"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_settings_go_through_and_probabilities_are_refused():
-    """The default criterion of skorch, which takes the logarithm of what the module returns."""
-    x, y = inputs_and_labels(16)
+def test_probabilities_under_the_default_criterion_are_read():
+    """The logarithm that skorch takes of what a module returns, and settings by their long names."""
+    x, y = examples(16)
 
     class Probabilities(Classifier):
         def forward(self, x):
             return super().forward(x).softmax(-1)
 
+    settings = {"lr": 0.0, "weight_decay": 0.0, "fraction": 1.0, "likelihood": LabelsFromLogits()}
+    named = {f"optimizer__{name}": value for name, value in settings.items()}
     net = skorch.NeuralNetClassifier(
-        Probabilities, optimizer=Sophia, optimizer__rule="damped", train_split=None, verbose=0
+        Probabilities, optimizer=Sophia, max_epochs=1, batch_size=16, train_split=None, verbose=0, **named
     )
-    with pytest.raises(RuntimeError, match="probabilities"):
-        net.fit(x, y)
-    assert net.optimizer_.param_groups[0]["rule"] == "damped"
+    net.fit(x.numpy(), y.numpy())
+    every = torch.ones(16, dtype=torch.bool)
+    expected, count = oracle(net.module_, x, every, lambda m, x: Classifier.forward(m, x))
+    assert net.optimizer_.stats()["B"] == count
+    assert relative_error(estimate_in_state(net.optimizer_), expected) < 1e-5

@@ -12,6 +12,7 @@ datasets = pytest.importorskip("datasets", reason="needs datasets (extra [hosts]
 from tiny_texts import llama, text, tokenizer  # noqa: E402
 
 from sophia import Sophia, SophiaWarning  # noqa: E402
+from sophia.integrations.transformers import SophiaCallback  # noqa: E402
 from tiny import LabelsFromLogits, estimate_in_state, oracle, relative_error  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,9 +62,26 @@ def test_page_of_sft(packing):
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_h_under_sft_is_the_oracle(packing, lora):
+def answers(number):
+    """Prompts, which do not count, and completions."""
+    draw = random.Random(number)
+    rows = [
+        {"prompt": text(draw, 4), "completion": " " + text(draw, draw.randint(2, 7))} for _ in range(number)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("packing", "lora", "dataset"),
+    [
+        (False, False, texts),
+        (True, False, texts),
+        (True, True, texts),
+        (False, True, answers),
+        (True, False, answers),
+    ],
+)
+def test_h_under_sft_is_the_oracle(packing, lora, dataset):
     """Predictions of padding or of the next document, a head left out, micro-batches weighed alike."""
     model = llama()
     if lora:
@@ -83,7 +101,7 @@ def test_h_under_sft_is_the_oracle(packing, lora):
     trainer = trl.SFTTrainer(
         model,
         args=arguments,
-        train_dataset=texts(96),
+        train_dataset=dataset(96),
         processing_class=tokenizer(),
         optimizers=(opt, None),
     )
@@ -122,8 +140,10 @@ def test_adapters_that_the_trainer_puts_on():
         peft_config=peft.LoraConfig(**LORA),
         optimizer_cls_and_kwargs=(Sophia, {"lr": 1e-4}),
     )
+    SophiaCallback.add_to(trainer)
     with watching() as steps:
         trainer.train()
+    assert [log["sophia/refreshes"] for log in trainer.state.log_history if "loss" in log] == [1.0]
     assert refreshed(steps) == [0, 10]
     named = dict(trainer.model.named_parameters())
     state = trainer.optimizer.optimizer.state
