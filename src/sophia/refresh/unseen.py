@@ -81,6 +81,8 @@ def _gradients_in(
     its gradient through that loss. One backward where there is no more: a function of the user's may not
     stand another.
     """
+    if not wanted:
+        return []
     latest_first = sorted(pairs, key=lambda pair: -pair[0].grad_fn._sequence_nr())  # type: ignore[union-attr]
     (first, gradient), *others = latest_first[:_RETURNED]
     found: list[Tensor | None] = [None] * len(wanted)
