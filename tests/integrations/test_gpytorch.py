@@ -68,6 +68,26 @@ def test_h_by_hand_is_the_hessian_of_the_marginal_likelihood():
         assert found[p] == pytest.approx(value, abs=4 * size / draws**0.5)
 
 
+def test_the_pass_of_many_points_is_exact_under_the_setting_of_the_page():
+    """Conjugate gradients in the place of the Cholesky factor, which give another second derivative."""
+
+    def h(*, many, log_prob):
+        model, likelihood = model_and_likelihood()
+        mll = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, model)
+        opt = Sophia(model, mode="manual", estimator="hutchinson")
+        with (
+            gpytorch.settings.max_cholesky_size(10 if many else 800),
+            gpytorch.settings.fast_computations(log_prob=log_prob),
+            opt.hessian_pass() as hp,
+        ):
+            hp.add(-mll(model(X), Y), count=len(Y))
+        return torch.cat([opt.state[p]["hessian"].flatten() for p in model.parameters()])
+
+    few = h(many=False, log_prob=True)
+    torch.testing.assert_close(h(many=True, log_prob=False), few, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(h(many=True, log_prob=True), few, rtol=0.1)
+
+
 def test_a_replay_is_refused_with_the_way_out():
     """Words about training mode, where the cause is that GPyTorch's modules pass by all hooks."""
     model, likelihood = model_and_likelihood()
