@@ -171,7 +171,8 @@ def test_a_compiled_step_is_the_step(schedule, tensor_lr, whole, rule):
         results.append([t.detach() for p in model.parameters() for t in (p, *opt.state[p].values())])
     for eager, graph in zip(*results, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-7)
-    assert compiler.graphs in ([1, 2, 3] if rule == "paper" else [0])
+    # Far fewer than the 12 rates; torch 2.6 takes one more than later ones until all of them are one graph.
+    assert compiler.graphs in ([1, 2, 3, 4] if rule == "paper" else [0])
 
 
 ALL_SCHEDULES = {

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from needs import torch_from
 from sophia import Sophia
 from sophia.step.kernels import fused_cpu
 from tiny import GPT, Bare, LabelsFromLogits, T, V, data, estimate_in_state, oracle, relative_error
@@ -139,6 +140,7 @@ FUSED = pytest.param(
 )
 
 
+@torch_from("2.7", "flat states of tied weights that it can load, of any optimizer")
 @pytest.mark.parametrize(
     "path", [FUSED, {"fused": False, "foreach": True}, {"fused": False, "foreach": False}]
 )

@@ -11,6 +11,7 @@ from tiny import D, LabelsFromLogits, T, V, data, estimate_in_state, oracle, rel
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="needs the extra [lab]")
 
+from needs import torch_from  # noqa: E402
 from sophia import Sophia  # noqa: E402
 from sophia.refresh.replay import _drawn  # noqa: E402
 
@@ -142,6 +143,7 @@ def test_masked_language_model():
 
 # Dynamo looks at logits.grad where a log message of transformers breaks the graph, with or without Sophia.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@torch_from("2.7", "torch.compiler.is_exporting, for which transformers asks in a graph")
 def test_compiled_causal_model_with_the_loss_inside():
     """No gradient reaches the logits of a compiled graph: the labels are read, with the model's own shift."""
     torch._dynamo.reset()

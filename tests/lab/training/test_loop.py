@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from needs import names_of
 from sophia.lab.optimizers import table
 from sophia.lab.support.dataclass_json import to_json
 from sophia.lab.support.errors import LabError, Stopped
@@ -110,7 +111,7 @@ def test_the_caller_may_use_the_global_random_state(tiny, ids, tmp_path):
     assert train(config, tmp_path / "b", ids)["loss"] == one["loss"]
 
 
-@pytest.mark.parametrize("contender", ["adamw", "sophia-g", "sophia-h", "muon"])
+@pytest.mark.parametrize("contender", names_of(["adamw", "sophia-g", "sophia-h", "muon"]))
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(contender, tiny, ids, tmp_path, monkeypatch):
     """Else a stop would change the result: weights, optimizer state or log, wherever it was cut."""
     config = tiny(contender, log_every=1)

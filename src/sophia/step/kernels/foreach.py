@@ -105,9 +105,10 @@ def step(
             if s.weight_decay != 0:
                 torch._foreach_mul_(theta, 1 - s.lr * s.weight_decay)
             torch._foreach_addcdiv_(theta, mean, d, value=-s.lr)
-        if mean is not m:
+        # By dtype: torch.compile of 2.6 compares the elements of two lists where it is asked for identity.
+        if m[0].dtype != wide:
             _stored(m, mean, noise)
-        if theta is not p:
+        if p[0].dtype != wide:
             _stored(p, theta, noise if s.stochastic else None, upper=True)
 
 
