@@ -257,6 +257,37 @@ def test_a_compiled_model_that_returns_its_loss_alone(name):
         torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
 
 
+BESIDE = {
+    "sum": lambda z, y: cross_entropy(z, y, reduction="sum"),
+    "doubled": lambda z, y: 2 * mean(z, y),
+    "smoothed": smoothed,
+    "mean": mean,
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_compiled_model_that_returns_logits_and_its_loss(name):
+    """No gradient reaches these logits, and the loss is not always their mean cross-entropy."""
+    ids, targets = sentences()
+    loss = BESIDE[name]
+
+    def inside(net, ids, targets):
+        z = net(ids)
+        return z, loss(z, targets)
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Around(Net(), inside)
+    compiled = torch.compile(model, backend="aot_eager")
+    found, words, stats = trained(model, lambda m: compiled(ids, targets)[1] / 3)
+    torch.manual_seed(0)
+    expected, _, of_twin = trained(Around(Net(), logits), lambda m: loss(m(ids), targets) / 3)
+    assert words == []
+    assert stats["B"] == of_twin["B"]
+    for key, h in expected.items():
+        torch.testing.assert_close(found[key], h, rtol=1e-3, atol=1e-6)
+
+
 # ---- fused: the logits never exist ----
 
 

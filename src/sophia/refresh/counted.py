@@ -24,7 +24,7 @@ from sophia.refresh.model_outputs import (
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import Outputs, Recording
 
-__all__ = ["mask_of"]
+__all__ = ["mask_from_labels", "mask_of"]
 
 
 def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
@@ -46,7 +46,7 @@ def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
     if recording.source is not None or (part.returned and others):
         # The loss of this step left the head out, as its own output would have got a gradient.
         return torch.zeros(shape, dtype=torch.bool, device=device)
-    mask = _mask_from_labels(recorder, recording, part)
+    mask = mask_from_labels(recorder, recording, part)
     if mask is not None:
         part.by_labels = True
         part.weights = _weights_of_mean(recorder, recording, mask)
@@ -62,7 +62,8 @@ def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
     return torch.ones(shape, dtype=torch.bool, device=device)
 
 
-def _mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor | None:
+def mask_from_labels(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor | None:
+    """Which predictions have a label among the inputs; None without labels."""
     shape = part.prediction_shape
     classifiers = [head for head in recorder.heads if head.likelihood.event_dims == 1]
     # With two of them it would be a guess whose labels these are.

@@ -252,6 +252,7 @@ class Recorder:
         loss = find_loss(output)
         if loss is not None and loss.ndim == 0 and loss.requires_grad:
             loss.register_hook(OfLoss(recording))  # type: ignore[no-untyped-call]
+            recording.loss_place = next((place for place, t in places_in(output) if t is loss), None)
 
     def _is_loss_alone(self, output: Any) -> bool:
         """Whether the estimator finds its loss in an output that has nothing else to offer."""

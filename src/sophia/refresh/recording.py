@@ -151,6 +151,8 @@ class Recording:
     """Gradients that came to what it returned, where the outputs are still to be found."""
     loss_gradient: Tensor | None = None
     """What has arrived in the loss that the model returned: its factor in the loss that is trained."""
+    loss_place: Place | None = None
+    """Where that loss stands in what the model returned."""
     first: Place | None = None
     """Where the first of the outputs stands in what the model returned, if it does."""
     name: str = "output"

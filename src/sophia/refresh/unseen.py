@@ -9,6 +9,7 @@ differentiated: the way back ends before the trunk.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from sophia.checks import SophiaWarning
 from sophia.likelihoods.lines import digits
+from sophia.refresh.counted import mask_from_labels
 from sophia.refresh.eager import eager
 from sophia.refresh.hidden_reading import ENOUGH, OfHidden, nearest_layer, output_of
 from sophia.refresh.listeners import OfOutput
@@ -49,6 +52,36 @@ def find_unseen(recorder: Recorder, recordings: Sequence[Recording]) -> None:
         if arrived and not _found(recorder, recording, arrived) and not recording.outputs:
             raise RuntimeError(_nothing_found(recorder, arrived))
         recording.arrived = {}
+        if not arrived and _is_of_another_loss(recorder, recording):
+            _find_beside_logits(recorder, recording)
+
+
+def _is_of_another_loss(recorder: Recorder, recording: Recording) -> bool:
+    """Whether no gradient reached the outputs, and the loss that the model returned is not the mean
+    cross-entropy of the labels among its inputs.
+    """
+    hidden = bool(recording.outputs) and all(part.mask is None for part in recording.outputs)
+    if not hidden or recorder.named or recording.loss_gradient is None or recording.loss_place is None:
+        return False
+    labels = mask_from_labels(recorder, recording, recording.outputs[0])
+    return labels is None or not recorder.loss_is_mean
+
+
+def _find_beside_logits(recorder: Recorder, recording: Recording) -> None:
+    """Read such a loss where it is made, in the place of the logits beside it, if it can be seen."""
+    assert recording.loss_gradient is not None
+    assert recording.loss_place is not None
+    outputs, recording.outputs = recording.outputs, ()
+    if not _found(recorder, recording, {recording.loss_place: recording.loss_gradient}):
+        recording.outputs = outputs
+        if "loss" not in recorder.guessed:
+            recorder.guessed.add("loss")
+            warnings.warn(
+                f"the loss that {type(recorder.model).__name__} returns is not the mean cross-entropy of the "
+                "labels among its inputs, and what it is made of could not be found: h is that of a mean. "
+                "Compute the loss outside of the model, or use estimator='hutchinson'",
+                SophiaWarning,
+            )
 
 
 def _found(recorder: Recorder, recording: Recording, arrived: dict[Any, Tensor]) -> bool:
@@ -111,7 +144,7 @@ def _read_inside(
         if gradient is not None:
             OfOutput(part, recorder)(each.as_predictions(gradient))
         parts.append(part)
-    recording.outputs, recording.source = tuple(parts), LossGraph(head)
+    recording.outputs, recording.source, recording.others = tuple(parts), LossGraph(head), []
 
 
 def _read_hidden(
