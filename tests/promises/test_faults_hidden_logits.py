@@ -4,6 +4,9 @@ Each is held to its twin, which returns the logits and leaves the same loss to t
 both draw the same labels, so that h is the same number for number. Some are held to the oracle as well.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -572,3 +575,20 @@ def test_a_fused_model_is_run_once_more_only_at_first():
     assert numbers[1:] == [2, 2]  # the training forward, and that of the refresh
     assert not net.norm._forward_hooks
     assert not net._forward_hooks
+
+
+def test_no_graph_is_kept():
+    """Hidden states hold the graph that made them, and all activations in it."""
+    ids, targets = sentences((6,) * 8)
+    torch.manual_seed(0)
+    model = Around(Net(), fused)
+    made = []
+    model.net.tokens.register_forward_hook(lambda _module, _args, output: made.append(weakref.ref(output)))
+    opt = Sophia(model, lr=1e-4, update_every=1)
+    for _ in range(2):
+        model(ids, targets).backward()
+        opt.step()
+        opt.zero_grad()
+    gc.collect()
+    assert len(made) >= 4
+    assert all(ref() is None for ref in made)

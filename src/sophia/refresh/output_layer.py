@@ -9,7 +9,7 @@ that nothing else lies between it and the loss, is shown by the gradient (``unse
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,8 @@ def may_be_found_later(model: nn.Module, output: Any) -> bool:
     """Whether an output without logits may have come of an output layer: a loss was made of it inside the
     model, or the model says that it has such a layer.
     """
-    if any(callable(getattr(module, "get_output_embeddings", None)) for module in model.modules()):
+    named = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    if any(callable(layer) and isinstance(layer(), nn.Module) for layer in named):
         return True
     return any(t.ndim == 0 and t.is_floating_point() and t.requires_grad for t in tensors_in(fields(output)))
 
@@ -131,21 +132,27 @@ def _settings(model: nn.Module) -> list[tuple[float, float | None]]:
 
 
 class HiddenStates:
-    """The last tensor of each form that modules, and functions of torch, return, noted while forwards run."""
+    """The last tensor of each form that modules, and functions of torch, return, noted while forwards run.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: the only form that is noted; None for all.
+    """
+
+    def __init__(self, wanted: Form | None = None) -> None:
+        self._wanted = wanted
         self._last: dict[Form, Tensor] = {}
         self._makers: dict[Form, nn.Module] = {}
 
     @contextmanager
     def noted(self, model: nn.Module) -> Iterator[None]:
         """Inside, forwards of the model are listened to."""
-        self._last.clear()
+        self.forget()
         handles = [
             m.register_forward_hook(lambda module, _, out: self.note(out, module)) for m in model.modules()
         ]
         try:
-            with _Results(self):
+            # Functions alone make what no module returns.
+            with nullcontext() if self._wanted is not None and self._wanted[0] else _Results(self):
                 yield
         finally:
             for handle in handles:
@@ -157,10 +164,17 @@ class HiddenStates:
         if tensor is None:
             return
         form = maker is not None, tensor.ndim, tensor.shape[-1]
+        if self._wanted not in (None, form):
+            return
         if maker is not None and self._last.get(form) is not tensor:  # the innermost of those that return it
             self._makers[form] = maker
         self._last.pop(form, None)
         self._last[form] = tensor
+
+    def forget(self) -> None:
+        """Let go of all tensors, which hold the graphs that they are of."""
+        self._last.clear()
+        self._makers.clear()
 
     def maker_of(self, form: Form) -> nn.Module | None:
         """The module that made the last one of that form; None for a function."""
@@ -227,7 +241,10 @@ class BeforeTheHead:
     """Of these states."""
     maker: nn.Module | None = None
     """The module that returns them, if one does."""
-    states: HiddenStates = field(default_factory=HiddenStates)
+    states: HiddenStates = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "states", HiddenStates(self.form))
 
     @contextmanager
     def seen(self) -> Iterator[None]:

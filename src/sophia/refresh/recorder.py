@@ -145,6 +145,8 @@ class Recorder:
     def forget(self) -> None:
         """Drop everything recorded: the step has been taken."""
         self.recordings.clear()
+        if self.layer is not None:
+            self.layer.states.forget()
         self._pending, self.unrecorded = None, False
 
     def forget_reached(self) -> None:
