@@ -90,7 +90,7 @@ class Sophia(torch.optim.Optimizer):
         logits_fn: from the model's output to the logits, where they are not found; a mapping by name for
             several outputs, as with ``mask_fn``.
         mask_fn: ``mask_fn(args, kwargs, output)``, a bool mask of the predictions that count, where the
-            gradient does not tell.
+            gradient does not tell; or numbers, what each weighs in ``(weights * losses).mean()``.
         copy_inputs: keep copies of the model's inputs on due steps, for loops that overwrite them.
         process_group: ranks that train the same parameters on other data, or a device mesh of them; None for
             the wrapper's or else the default group, False for this process alone.

@@ -28,14 +28,16 @@ def by_hand(model, passes, *, draws=400, **settings):
     return means, errors
 
 
-def check_sampled_by_hand(make, data, outputs, loss, likelihood, *, draws=400, split=lambda z: [z]):
+def check_sampled_by_hand(
+    make, data, outputs, loss, likelihood, *, draws=400, mask=None, split=lambda z: [z]
+):
     """``hp.sampled_loss`` on the outputs of a loop is the exact Gauss-Newton diagonal of its loss."""
     torch.manual_seed(0)
     model = make()
     exact = gauss_newton(model, data, outputs, loss)
 
     def passes(model, hp):
-        sum(hp.sampled_loss(part) for part in split(outputs(model, data))).backward()
+        sum(hp.sampled_loss(part, mask) for part in split(outputs(model, data))).backward()
 
     found, _ = by_hand(model, passes, draws=draws, likelihood=likelihood)
     allowed = SIGMAS * SPREAD / draws**0.5

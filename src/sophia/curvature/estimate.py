@@ -69,6 +69,10 @@ class MicroBatch(Protocol):
         """
 
     @property
+    def stated(self) -> Sequence[Tensor | None]:
+        """What each prediction of an output weighs in a mean, as the user has said; None for 1."""
+
+    @property
     def masks(self) -> Sequence[Tensor]:
         """The mask of each output: one a head, and more where a loss used several tensors of one kind."""
 

@@ -71,12 +71,13 @@ class GaussNewtonBartlett(Estimator):
         part each rank has drawn.
         """
         roots: list[tuple[float, Tensor | None]] = []
-        for number, weights in zip(batch.heads, batch.weights, strict=True):
+        for number, weights, stated in zip(batch.heads, batch.weights, batch.stated, strict=True):
             head, total = heads[number], context.totals[number]
             if not total:  # equal on all ranks: a head that counts nothing anywhere is left out everywhere
                 roots.append((0.0, None))
             elif weights is None:
-                roots.append(((head.weight * batch.share / total) ** 0.5, None))
+                own = None if stated is None else stated.sqrt()
+                roots.append(((head.weight * batch.share / total) ** 0.5, own))
             else:
                 roots.append(((context.factor * batch.share) ** 0.5, weights.clamp(min=0).sqrt()))
         return roots
@@ -141,10 +142,14 @@ class _SampledPass(PassByHand):
         Args:
             logits: outputs of the model, e.g. ``(B, T, V)``; they must require grad.
             mask: bool, ``(B, T)``, True where the prediction enters the training loss; everything by default.
+                Or numbers: what each weighs in a mean over those that are not zero.
         """
         shape = self._likelihood.prediction_shape(logits)
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        weights = mask.detach() if mask.is_floating_point() else None
+        if weights is not None:
+            mask = weights > 0
         if mask.shape != shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask is {mask.dtype} of shape {tuple(mask.shape)}, but logits of shape "
@@ -159,7 +164,7 @@ class _SampledPass(PassByHand):
         generator = self._context.shared_generator(f"labels by hand {self._context.rank} {self._calls}")
         self._calls += 1
         self._count += int(mask.sum())
-        return _SampledLoss.apply(logits, mask, generator, self._likelihood)  # type: ignore[no-any-return, no-untyped-call]
+        return _SampledLoss.apply(logits, mask, weights, generator, self._likelihood)  # type: ignore[no-any-return, no-untyped-call]
 
     def finish(self) -> Estimate:
         count = self._context.count_over_ranks(self._count)
@@ -177,15 +182,24 @@ class _SampledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, mask: Tensor, generator: torch.Generator, likelihood: Likelihood
+        ctx: Any,
+        logits: Tensor,
+        mask: Tensor,
+        weights: Tensor | None,
+        generator: torch.Generator,
+        likelihood: Likelihood,
     ) -> Tensor:
-        ctx.save_for_backward(likelihood.sampled_gradient(logits, mask, generator))
+        gradient = likelihood.sampled_gradient(logits, mask, generator)
+        if weights is not None:
+            shape = (*weights.shape, *[1] * likelihood.event_dims)
+            gradient = gradient * weights.sqrt().view(shape).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
         return logits.new_zeros((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
 
 
 def _squares(gradients: list[Tensor | None]) -> list[Tensor | None]:

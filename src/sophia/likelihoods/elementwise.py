@@ -77,7 +77,15 @@ class Gaussian(Likelihood):
         with torch.no_grad():
             dtype = at_least_float32(outputs)
             z = torch.randn(outputs.shape, dtype=dtype, device=outputs.device, generator=generator)
-            return (z * mask).mul_(-scale / self._now()).to(outputs.dtype)
+            sigma = self._now()
+            if isinstance(sigma, Tensor) and not _broadcasts(sigma, outputs):
+                raise ValueError(
+                    f"sigma has shape {tuple(sigma.shape)} and the outputs have {tuple(outputs.shape)}: a "
+                    "refresh runs a part of the rows, and which ones sigma() cannot know. For weights of "
+                    "rows give mask_fn=, what each element weighs in (weights * (output - y) ** 2).mean(), "
+                    "and a plain Gaussian(); or run whole batches: fraction=1.0"
+                )
+            return (z * mask).mul_(-scale / sigma).to(outputs.dtype)
 
     def probes(self, outputs: Tensor) -> Kept:
         """Some of the outputs."""
@@ -122,3 +130,9 @@ class Poisson(Likelihood):
     def output_curvature(self, outputs: Tensor) -> Tensor:
         """``exp(output)`` for each element."""
         return outputs.exp()
+
+
+def _broadcasts(tensor: Tensor, outputs: Tensor) -> bool:
+    """Whether it fits, and does not make more of the outputs."""
+    pairs = zip(reversed(tensor.shape), reversed(outputs.shape), strict=False)
+    return tensor.ndim <= outputs.ndim and all(a in (1, b) for a, b in pairs)

@@ -66,7 +66,8 @@ class AskedOutputs:
                 f"pass logits_fn=, a function from the output to {example}, or use mode='manual'. (What a "
                 "loss inside of a model is made of is found where that loss is returned, too.) A model whose "
                 "outputs are compared with each other (embeddings) has none: there too it is mode='manual', "
-                "or estimator='hutchinson'"
+                "or estimator='hutchinson'. Several fields with a loss each are likelihood=Heads({name: "
+                "Categorical(), ...})"
             )
         if tensor is output and tensor.ndim == 0:
             raise RuntimeError(

@@ -38,7 +38,14 @@ def mask_of(recorder: Recorder, recording: Recording, part: Outputs) -> Tensor:
         if part.mask.shape != shape or part.mask.dtype != torch.bool:
             raise RuntimeError(
                 f"mask_fn returned {part.mask.dtype} of shape {tuple(part.mask.shape)}, but the "
-                f"predictions have shape {tuple(shape)}: return a bool mask of that shape"
+                f"predictions have shape {tuple(shape)}: return a bool mask of that shape, or numbers, what "
+                "each weighs in a mean"
+            )
+        if part.stated is not None and not bool((part.stated >= 0).all()):
+            raise RuntimeError(
+                "mask_fn returned numbers below zero, or NaN: they are what each prediction weighs in the "
+                "mean loss, (weights * losses).mean(), and a loss with a negative weight has no Gauss-Newton "
+                "curvature. Use estimator='hutchinson' for such a loss"
             )
         return part.mask
     device = next(recorder.model.parameters()).device

@@ -68,8 +68,8 @@ class Recorder:
         likelihood: says what a prediction is, and how to see from a gradient whether it counted.
         logits_fn: ``logits_fn(output) -> Tensor``, for models whose logits are not found; a mapping by name
             for several heads.
-        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, for losses whose gradient does not tell; a
-            mapping by name for several heads.
+        mask_fn: ``mask_fn(args, kwargs, output) -> bool mask``, or weights in a mean, for losses whose
+            gradient does not tell; a mapping by name for several heads.
         copy_inputs: keep copies of the inputs, for loops that write into static buffers.
         needs_outputs: whether the estimator does; else a model may return its loss alone.
     """
@@ -232,7 +232,7 @@ class Recorder:
         if self.mask_fn is not None:
             masks = self.asked.by_head(self.mask_fn(recording.args, recording.kwargs, output), "mask_fn")
             for part, mask in zip(recording.outputs, masks, strict=True):
-                part.mask = mask
+                part.state(mask)
             return
         bases = [
             None if p.returned else _viewed(t, returned.values())
@@ -299,7 +299,7 @@ class Recorder:
                         f"the loss of {type(self.model).__name__} is made of {len(inside)} tensors of "
                         "logits, and mask_fn= speaks of one: leave it out, as the gradient tells what counts"
                     )
-                recording.outputs[0].mask = self.mask_fn(recording.args, recording.kwargs, output)
+                recording.outputs[0].state(self.mask_fn(recording.args, recording.kwargs, output))
                 return
             for part, each in zip(recording.outputs, inside, strict=True):
                 take_probes(part, each.values, self.sample)

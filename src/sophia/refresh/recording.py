@@ -61,6 +61,8 @@ class Outputs:
     """Whether the weights that were read are one number, so that a sample may do next time."""
     weights: Tensor | None = None
     """What each prediction weighs in the loss, summed over backwards; None where it was not read."""
+    stated: Tensor | None = None
+    """What each weighs in a mean, where ``mask_fn`` has returned numbers."""
     by_labels: bool = False
     """Whether labels among the inputs say what counts, as no gradient came."""
     shared: bool = False
@@ -86,6 +88,13 @@ class Outputs:
     def prediction_shape(self) -> torch.Size:
         """Shape of the mask: ``(B, T)`` for logits ``(B, T, V)``."""
         return self.shape[: len(self.shape) - self.head.likelihood.event_dims]
+
+    def state(self, mask: Any) -> None:
+        """Take what ``mask_fn`` says: which predictions count, or what each weighs in a mean."""
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            self.stated = mask.detach()
+            mask = self.stated != 0
+        self.mask = mask
 
     def take(self, reading: Reading) -> None:
         """Add what was read from one backward: two of them add up in ``.grad``, and so do the weights."""

@@ -53,6 +53,8 @@ class Replay:
     """What each prediction of an output weighs in the loss, of the shape of its mask; None where it is 1 / B
     of its head.
     """
+    stated: tuple[Tensor | None, ...]
+    """What each weighs in a mean, where the user has said it."""
     share: float
     """What this part stands for: what counts in the step over what counts here, in micro-batches or in rows.
     An estimate from the part, times it, is unbiased for the whole.
@@ -261,18 +263,22 @@ def _replay(
         else None
         for part, mask, head in parts
     )
+    stated = tuple(part.stated for part in recording.outputs)
     whole = sum(_by_head(recorder, recording, masks))
     if cut is not None:
         division, places = cut
         args, kwargs = division.of_inputs(args, places), division.of_inputs(kwargs, places)
         masks = tuple(division.of_output(mask, places) for mask in masks)
         weights = tuple(None if w is None else division.of_output(w, places) for w in weights)
+        stated = tuple(None if w is None else division.of_output(w, places) for w in stated)
     # Inputs that come out of a graph (an encoder's states) are leaves here: that graph is gone, or is not
     # ours to enter.
     args, kwargs = detached(args), detached(kwargs)
     counts = _by_head(recorder, recording, masks)
     kwargs = items_of_part(kwargs, sum(counts), whole) if cut is not None else kwargs
-    return Replay(recorder, recording, args, kwargs, masks, heads, counts, key, cut, weights, share, whole)
+    return Replay(
+        recorder, recording, args, kwargs, masks, heads, counts, key, cut, weights, stated, share, whole
+    )
 
 
 def detached(value: Any) -> Any:
