@@ -31,6 +31,10 @@ __all__ = [
 ]
 
 _BY_HAND = "mode='manual' with opt.hessian_pass()"
+_MARGINS = (
+    "the prediction is the margin of a pair: likelihood='bernoulli' with a module that returns it, or "
+    f"{_BY_HAND} and hp.sampled_loss(margin)"
+)
 _SIMILARITIES = "pass logits_fn=, a function from the output to the similarities that cross_entropy gets"
 
 
@@ -85,9 +89,10 @@ def signs(negative: float) -> Problem:
         return Problem(
             "signs",
             f"{negative:.0%} of its predictions have a negative weight: it is minus a cross-entropy "
-            "(a gradient to be ascended, unlikelihood), which has no Gauss-Newton curvature",
-            "If it is a log-likelihood that you mean to maximise, pass maximize=True; else "
-            f"use {_BY_HAND}, or estimator='hutchinson'",
+            "(a gradient to be ascended, unlikelihood, the rejected text of a pair), which has no "
+            "Gauss-Newton curvature",
+            "If it is a log-likelihood that you mean to maximise, pass maximize=True; for preference pairs "
+            f"{_MARGINS}; else use {_BY_HAND}, or estimator='hutchinson'",
             nonsense=True,
         )
     return Problem(
@@ -95,8 +100,7 @@ def signs(negative: float) -> Problem:
         f"{negative:.0%} of its predictions have a negative weight (advantages of both signs, a pair of "
         "losses with a minus between them as in preference losses, unlikelihood): such a loss is no "
         "likelihood and has no Gauss-Newton curvature",
-        "For preference pairs the prediction is the margin of a pair: likelihood='bernoulli' with a module "
-        f"that returns it, or {_BY_HAND} and hp.sampled_loss(margin). For advantages: {_BY_HAND} and "
+        f"For preference pairs {_MARGINS}. For advantages: {_BY_HAND} and "
         "hp.sampled_loss(logits, mask) gives the curvature of the policy (Fisher), hp.add(loss, count) with "
         "estimator='hutchinson' that of the loss",
     )
