@@ -48,6 +48,8 @@ class Computed:
     def __init__(self, leaves: Sequence[Tensor], logits: Sequence[Tensor]) -> None:
         self.leaves, self.logits = list(leaves), list(logits)
         self.arrived: list[Tensor | None] = [None] * len(self.leaves)
+        self.late = False
+        """Whether a gradient has come after the release."""
         self.kept: torch.dtype = torch.float64
         """Of whose digits the gradient is."""
 
@@ -77,6 +79,12 @@ class Computed:
     @property
     def _determined(self) -> bool:
         return sum(t.numel() for t in self.leaves) >= sum(z.numel() for z in self.logits)
+
+    def release(self) -> None:
+        """Let go of the graph, which is as large as the logits; from now on it is only noted that more
+        comes.
+        """
+        self.leaves, self.logits, self.arrived = [], [], []
 
     def gradients(self) -> list[Tensor] | None:
         """The gradient in each of the logits, where each is made of its own part; None if not, or if the loss
@@ -147,6 +155,9 @@ class _Arrived:
     def __call__(self, gradient: Tensor | None) -> None:
         computed = self._computed()
         if computed is None or gradient is None:
+            return
+        if not computed.leaves:
+            computed.late = True
             return
         narrow = digits(gradient)
         if torch.finfo(narrow).eps > torch.finfo(computed.kept).eps:

@@ -25,6 +25,7 @@ from sophia.likelihoods import Heads, Likelihood, heads_of
 from sophia.refresh.arrivals import Arrivals
 from sophia.refresh.asked_outputs import AskedOutputs
 from sophia.refresh.computed import Computed
+from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hidden_reading import OfHidden, output_of
 from sophia.refresh.hook import Hook
@@ -181,6 +182,9 @@ class Recorder:
             self.unrecorded |= model.training
             return
         self.arrivals.tidy()
+        for recording in self.recordings:
+            if recording.reached:
+                read_computed(self, recording)
         if self.copy_inputs:
             args, kwargs = _copied(args), _copied(kwargs)
         self._pending = (args, dict(kwargs), self.witnesses.before(model, args, kwargs))
