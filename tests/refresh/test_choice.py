@@ -211,6 +211,46 @@ def test_rows_are_found_behind_the_time(times, batch_dim):
     assert (opt.stats()["B"], opt.stats()["share"]) == (2 * times, 1 / 8)
 
 
+class Flat(nn.Module):
+    """A model around one whose outputs have all positions in one dimension."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x).flatten(0, -2)
+
+
+class BatchFirst(TimeFirst):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("make", [TimeFirst, BatchFirst])
+@pytest.mark.parametrize("times", [5, 16])
+def test_rows_are_found_where_all_positions_lie_in_one_dimension(make, times):
+    """Logits of shape (T B, V) are what many recurrent models return: each position taken for a row, of which
+    there is none in the inputs, the whole is run for ever. The same rows give the same h.
+    """
+    x = torch.randn((times, 16, 3) if make is TimeFirst else (16, times, 3))
+    y = torch.zeros(x.shape[:2]).long()
+    y[(slice(None), slice(4, 6)) if make is TimeFirst else slice(4, 6)] = -100  # rows that do not count
+    found = []
+    for flat in (False, True):
+        model = make()
+        opt = Sophia(Flat(model) if flat else model, **{**MANUAL, "fraction": 0.25})
+        for _ in range(3):
+            z = opt._model(x)
+            F.cross_entropy(z.flatten(0, z.ndim - 2), y.flatten()).backward()
+            opt.step()
+            opt.zero_grad()
+        assert (opt.stats()["B"], opt.stats()["share"]) == (4 * times, pytest.approx(4 / 14))
+        found.append([opt.state[p]["hessian"] for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_batch_dim_that_is_none_is_proved_wrong():
     """The user's word is taken for the place, not for the independence."""
     model = TimeFirst()

@@ -86,8 +86,11 @@ class Cuts:
 
     @staticmethod
     def _kind_of(recorder: Recorder, recording: Recording, divisions: Sequence[Division]) -> Hashable:
-        lengths = (*((d.dim, d.starts is None) for d in divisions), len(recording.outputs) > 1)
-        inputs = tuple(kind_of_inputs(recording.args, recording.kwargs, d.size) for d in divisions)
+        lengths = (
+            *((d.dim, d.starts is None, d.flattened and d.flattened[1]) for d in divisions),
+            len(recording.outputs) > 1,
+        )
+        inputs = tuple(kind_of_inputs(recording.args, recording.kwargs, d.length) for d in divisions)
         return lengths, inputs, recording.conditions.evaluated
 
     def _prove(

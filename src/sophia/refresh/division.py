@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia.refresh.model_outputs import tensors_in
+
 __all__ = ["Division", "divisions_of", "starts_of_documents"]
 
 
@@ -23,6 +25,9 @@ class Division:
     >>> documents = Division(dim=1, size=6, starts=(0, 2))
     >>> documents.number, documents.places([1]).tolist()
     (2, [2, 3, 4, 5])
+    >>> two_rows_time_first = Division(dim=0, size=6, flattened=(2, 1))
+    >>> two_rows_time_first.number, two_rows_time_first.places([1]).tolist()
+    (2, [1, 3, 5])
     """
 
     dim: int
@@ -30,11 +35,20 @@ class Division:
     """Length of the dimension."""
     starts: tuple[int, ...] | None = None
     """Where each document starts; None where each place is a part of its own."""
+    flattened: tuple[int, int] | None = None
+    """Where the outputs have rows and times in one dimension: how many rows there are, and in which of their
+    first two dimensions the inputs have them. None where that is not so.
+    """
 
     @property
     def number(self) -> int:
         """How many parts there are."""
-        return self.size if self.starts is None else len(self.starts)
+        return self.length if self.starts is None else len(self.starts)
+
+    @property
+    def length(self) -> int:
+        """Of the dimension in which the inputs have the parts."""
+        return self.size if self.flattened is None else self.flattened[0]
 
     def to_take(self, fraction: float) -> int | None:
         """How many parts are that fraction of them, at least one; None where nothing is left out."""
@@ -43,6 +57,8 @@ class Division:
 
     def places(self, parts: Sequence[int]) -> Tensor:
         """The places of some parts, ``(n,)``."""
+        if self.flattened is not None:
+            return torch.isin(self._rows(), torch.tensor(parts, device="cpu")).nonzero().squeeze(1)
         if self.starts is None:
             return torch.tensor(parts)
         ends = (*self.starts[1:], self.size)
@@ -52,6 +68,9 @@ class Division:
         """For each part, whether a prediction of it counts. Masks have the shape of the predictions."""
         along = [mask.movedim(self.dim, 0).reshape(self.size, -1).any(1).cpu() for mask in masks]
         each = torch.stack(along).any(0)
+        if self.flattened is not None:
+            counts = torch.zeros(self.number, device="cpu").index_add_(0, self._rows(), each.float())
+            return counts.bool().tolist()
         if self.starts is None:
             return each.tolist()
         ends = (*self.starts[1:], self.size)
@@ -66,8 +85,9 @@ class Division:
         if isinstance(value, Tensor):
             if self.starts is not None and _are_ends(value, self.size):
                 return _ends_of_places(value, places)
+            chosen = places if self.flattened is None else torch.unique(self._rows()[places.cpu()])
             for dim in self._dims(value):
-                value = value.index_select(dim, places.to(value.device))
+                value = value.index_select(dim, chosen.to(value.device))
             return value
         if type(value) is dict:
             return {key: self.of_inputs(item, places) for key, item in value.items()}
@@ -78,16 +98,28 @@ class Division:
     def _dims(self, tensor: Tensor) -> list[int]:
         if self.starts is not None:  # a mask (1, 1, T, T) has the row twice
             return [d for d, n in enumerate(tensor.shape) if n == self.size and (d or tensor.ndim == 1)]
-        if tensor.ndim > self.dim and tensor.shape[self.dim] == self.size:
-            return [self.dim]
+        dim = self.dim if self.flattened is None else self.flattened[1]
+        if tensor.ndim > dim and tensor.shape[dim] == self.length:
+            return [dim]
         # One number a row, as lengths, beside tensors with time as the first dimension.
-        return [0] if tensor.ndim and tensor.shape[0] == self.size else []
+        return [0] if tensor.ndim and tensor.shape[0] == self.length else []
+
+    def _rows(self) -> Tensor:
+        """The row of each place of flattened outputs."""
+        assert self.flattened is not None
+        number, dim = self.flattened
+        places = torch.arange(self.size, device="cpu")
+        return places % number if dim else places // (self.size // number)
 
 
 def divisions_of(
     shapes: Sequence[torch.Size], inputs: tuple[tuple[Any, ...], Mapping[str, Any]], batch_dim: int | None
 ) -> list[Division]:
     """The ways in which a micro-batch may be divided, the most likely one first; two at most.
+
+    >>> rows = divisions_of([torch.Size([12])], ((torch.zeros(4, 3),), {}), None)
+    >>> [division.flattened for division in rows]
+    [(4, 0), (3, 1)]
 
     Args:
         shapes: of the predictions of each output, ``(B, T)`` for logits ``(B, T, V)``.
@@ -103,9 +135,21 @@ def divisions_of(
         found = [Division(batch_dim, common(batch_dim))]
     elif common(0) == 1 and (starts := starts_of_documents(inputs, common(1))) is not None:
         found = [Division(1, common(1), starts)]
+    elif all(len(shape) == 1 for shape in shapes) and (sides := _flattened(inputs, common(0))) is not None:
+        found = [Division(0, common(0), flattened=(rows, dim)) for dim, rows in enumerate(sides)]
     else:
         found = [Division(0, common(0)), Division(1, common(1))]
     return [division for division in found if division.number > 1]
+
+
+def _flattened(inputs: Any, size: int) -> tuple[int, int] | None:
+    """The first two dimensions of an input that has ``size`` places in them together, unless one has as many
+    in its first: then a place is a row.
+    """
+    shapes = [tensor.shape for tensor in tensors_in(inputs)]
+    if any(shape[:1] == (size,) for shape in shapes):
+        return None
+    return next(((s[0], s[1]) for s in shapes if len(s) > 1 and s[0] * s[1] == size), None)
 
 
 def starts_of_documents(inputs: Any, length: int) -> tuple[int, ...] | None:
