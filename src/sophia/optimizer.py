@@ -225,7 +225,7 @@ class Sophia(torch.optim.Optimizer):
     def from_adamw(
         cls,
         source: torch.optim.Optimizer | Mapping[str, Any],
-        model: nn.Module,
+        model: nn.Module | None = None,
         *,
         lr_ratio: float | None = None,
         **settings: Any,
@@ -242,7 +242,8 @@ class Sophia(torch.optim.Optimizer):
         Args:
             source: the optimizer, whose groups are kept, or its arguments
                 (``{"lr": ..., "weight_decay": ...}``).
-            model: the module that is called in the loop.
+            model: the module that is called in the loop; without it that is found by the optimizer's
+                parameters.
             lr_ratio: Sophia's lr over AdamW's. None: 0.5 for the published rule, 1 for the other two.
             **settings: any other argument of ``Sophia``, ``rule`` among them.
 
@@ -261,6 +262,11 @@ class Sophia(torch.optim.Optimizer):
             lr_ratio = RULES[rule].lr_over_adamw
         groups, defaults = translated_from_adamw(source, lr_ratio)
         if groups is None:
+            if model is None:
+                raise TypeError(
+                    "from_adamw got the arguments of an optimizer, and neither parameters nor a model: write "
+                    "Sophia.from_adamw({...}, model)"
+                )
             return cls(model, **{**defaults, **settings})
         return cls(groups, model=model, **{**defaults, **settings})
 

@@ -57,6 +57,17 @@ def test_names_survive_and_it_trains():
     assert opt.stats()["refreshes"] == 1
 
 
+@pytest.mark.parametrize("rule", ["paper", "spectral"])
+def test_the_module_is_found_by_the_parameters(rule):
+    model = GPT(layers=1)
+    opt = Sophia.from_adamw(torch.optim.AdamW(model.parameters(), lr=1e-2), rule=rule)
+    model(*data(4))[1].backward()
+    opt.step()
+    assert opt.stats()["refreshes"] == 1
+    with pytest.raises(TypeError, match=r"neither parameters nor a model: .*from_adamw\(\{\.\.\.\}, model\)"):
+        Sophia.from_adamw({"lr": 1e-2})
+
+
 def test_our_own_rules_take_the_lr_as_it_is():
     """Measured: at AdamW's lr they are ahead of it untuned. An lr_ratio that was given still counts."""
     model = GPT(layers=1)
