@@ -65,7 +65,7 @@ def test_the_module_is_found_by_the_parameters(rule):
     opt.step()
     assert opt.stats()["refreshes"] == 1
     with pytest.raises(TypeError, match=r"neither parameters nor a model: .*from_adamw\(\{\.\.\.\}, model\)"):
-        Sophia.from_adamw({"lr": 1e-2})
+        Sophia.from_adamw({"lr": 1e-2, "weight_decay": 0.1}, rule=rule)
 
 
 def test_our_own_rules_take_the_lr_as_it_is():
