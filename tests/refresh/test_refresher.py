@@ -217,10 +217,15 @@ def test_a_model_that_does_not_own_the_parameters_is_refused():
         )
 
 
-def test_parameters_replaced_after_construction_are_noticed():
-    """DeepSpeed ZeRO and flat-parameter wrappers replace them."""
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "and hooked"])
+def test_parameters_replaced_after_construction_are_noticed(hooked):
+    """DeepSpeed ZeRO and flat-parameter wrappers replace them; ZeRO also has hooks on those of the model, of
+    which the words would lead nowhere.
+    """
     model = GPT(layers=1, tied=False)
     opt = Sophia(model)
+    if hooked:
+        model.tokens.weight.register_post_accumulate_grad_hook(lambda p: None)
     model(*data(4))[1].backward()
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     with pytest.raises(

@@ -21,6 +21,7 @@ from sophia.distributed.wrappers import runs_a_method, unwrapped
 from sophia.refresh.hook import Hook
 from sophia.refresh.owners import name_of
 from sophia.refresh.recorder import Recorder, may_be_trained
+from sophia.refresh.refusals import BY_HAND
 
 __all__ = ["Search"]
 
@@ -111,8 +112,9 @@ class Search:
             raise RuntimeError(
                 f"a Hessian refresh is due, but no module that owns the parameters ({self}) ran a forward "
                 "with gradients on. Hooks see the call model(...), and not one of another method, or one "
-                "that a class has overridden (__call__). Call model(...), or use mode='manual'. Modules made "
-                "after the optimizer are not looked at: pass them to opt.attach(module)"
+                "that a class has overridden (__call__, as GPyTorch does). Call model(...), or use "
+                "mode='manual'. Modules made after the optimizer are not looked at: pass them to "
+                f"opt.attach(module). {BY_HAND}"
             )
 
     def stand_in(self) -> nn.Module | None:

@@ -30,7 +30,7 @@ from sophia.refresh.misread import Misread
 from sophia.refresh.module_search import Search
 from sophia.refresh.proof import prove
 from sophia.refresh.recorder import Recorder
-from sophia.refresh.refusals import check_recorded
+from sophia.refresh.refusals import check_ownership, check_recorded
 from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose, usable
 from sophia.refresh.sandbox import sandbox
 from sophia.refresh.seeds import generator, seed_for
@@ -122,12 +122,14 @@ class Refresher:
         def chosen() -> Choice:
             return choose(recorder, fraction=self.fraction, key=key, division=division)
 
+        # Before the sandbox, which refuses the hooks that such wrappers put on the model's own parameters.
+        ranks.together(lambda: check_ownership(parameters, recorder.model))
         dropout, moving = seed_for(*key, "dropout"), recorder.witnesses.moving
         with (
             sandbox(recorder.model, parameters, seed=dropout, moving=moving),
             reducing(recorder.model),
         ):
-            ranks.together(lambda: self._check_recorded(recorder, parameters, step, search))
+            ranks.together(lambda: self._check_recorded(recorder, step, search))
             self.weights_equal = not ranks.any_of(not recorder.weights_are_equal())[0]
             for what, words in prove(recorder, parameters, ranks):
                 self._say(what, words)
@@ -163,13 +165,11 @@ class Refresher:
                 for parameter in parameters:
                     parameter.grad = None
 
-    def _check_recorded(
-        self, recorder: Recorder, parameters: Sequence[Tensor], step: int, search: Search | None
-    ) -> None:
+    def _check_recorded(self, recorder: Recorder, step: int, search: Search | None) -> None:
         """Raise RuntimeError where nothing was recorded, or nothing of which h could be made."""
         if search is not None:
             search.check()
-        check_recorded(recorder, parameters, step)
+        check_recorded(recorder, step)
         if self.estimator.needs_outputs:
             self._misread.check(usable(recorder), type(recorder.model).__name__)
 

@@ -24,8 +24,8 @@ BY_HAND = (
 _OF_ROWS = ("grad_sample", "_norm_sample")  # a gradient, or its norm, for every example
 
 
-def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) -> None:
-    """Raise RuntimeError if no training forward was recorded since the last step, or of another model."""
+def check_recorded(recorder: Recorder, step: int) -> None:
+    """Raise RuntimeError if no training forward was recorded since the last step, or none that is of use."""
     if not trained(recorder.recordings):
         # Ghost clipping clears, between its two backwards, what the first has come through.
         check_no_gradients_of_rows(recorder.model)
@@ -39,7 +39,6 @@ def check_recorded(recorder: Recorder, parameters: Sequence[Tensor], step: int) 
             "model.train(), or use mode='manual', as where the loop calls another method of the module "
             f"(policy.evaluate_actions(...)), which no hook sees. {BY_HAND}"
         )
-    check_ownership(parameters, recorder.model)
     check_no_gradients_of_rows(recorder.model)
     check_own_parameters(recorder)
     find_unseen(recorder, usable(recorder))
