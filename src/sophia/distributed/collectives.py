@@ -87,6 +87,10 @@ class Ranks:
         seen = torch.tensor([float(flag) for flag in flags], dtype=torch.float64)
         return [value > 0 for value in self._reduce(seen, dist.ReduceOp.MAX, self.everyone)]
 
+    def highest(self, value: float) -> float:
+        """The highest of the ranks' values."""
+        return self._reduce(torch.tensor([value], dtype=torch.float64), dist.ReduceOp.MAX, self.everyone)[0]
+
     def agree(self, error: Exception | None, *, mild: type[Exception] | None = None) -> None:
         """Raise on every rank if one has an error: its own there, one that names the rank on the others.
 

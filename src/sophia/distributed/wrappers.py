@@ -33,6 +33,7 @@ __all__ = [
     "reducing",
     "reshard",
     "runs_a_method",
+    "unshard",
     "unwrapped",
     "wrapping_of",
 ]
@@ -275,6 +276,19 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if _fsdp2_groups(module):
             cast("Any", module).reshard()
+
+
+def unshard(model: nn.Module, layer: nn.Module) -> None:
+    """Make the parameters of a layer whole, for a use outside of the forwards of ``model``, unless the layer
+    is sharded by itself and does so when it is called. All ranks call it together.
+    """
+    own = {id(parameter) for parameter in layer.parameters(recurse=False)}
+    for module in model.modules():
+        held = (parameter for group in _fsdp2_groups(module) for parameter in group.fsdp_params)
+        if any(id(parameter.sharded_param) in own for parameter in held):
+            if module is not layer or isinstance(layer, nn.Embedding):
+                cast("Any", module).unshard()
+            return
 
 
 def parameters_at_rest(model: nn.Module) -> list[Tensor]:

@@ -81,6 +81,16 @@ class OfHidden:
         part = self._part()
         if part is None or gradient is None:
             return
+        if self._layer.in_lockstep or self._layer.is_sharded:
+            part.unread_gradients.append((self.read, gradient.detach().clone()))
+            return
+        self.read(self._layer, gradient)
+
+    def read(self, layer: OutputLayer, gradient: Tensor) -> None:
+        """The same, by a layer whose parameters are whole."""
+        part = self._part()
+        if part is None:
+            return
         width = gradient.shape[-1]
         flat, g = self._hidden.reshape(-1, width), gradient.detach().reshape(-1, width)
         g = -g if self._maximize else g
@@ -89,10 +99,10 @@ class OfHidden:
         part.mask = mask if part.mask is None else part.mask | mask
         if not bool(counted.any()):
             return
-        share = nearest_layer([self._layer], flat, g)[1].share(digits(g))
+        share = nearest_layer([layer], flat, g)[1].share(digits(g))
         if share >= ENOUGH:
             rows = counted.nonzero().squeeze(1)
-            _read(part, self._layer, flat, g, rows, rows_to_read(len(rows), self._sample))
+            _read(part, layer, flat, g, rows, rows_to_read(len(rows), self._sample))
         else:
             part.take(Reading(None, _CHANGED, share))
             part.problems.append(_CHANGED)

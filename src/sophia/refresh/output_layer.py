@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,21 @@ from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from sophia.distributed.shards import is_dtensor
+from sophia.distributed.wrappers import unshard
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import tensors_in
 from sophia.refresh.places import fields
 
-__all__ = ["BeforeTheHead", "Catch", "HiddenStates", "OutputLayer", "may_be_found_later", "output_layers"]
+__all__ = [
+    "BeforeTheHead",
+    "Catch",
+    "Form",
+    "HiddenStates",
+    "OutputLayer",
+    "may_be_found_later",
+    "output_layers",
+]
 
 _MOST = 4  # layers that are tried
 
@@ -42,12 +52,28 @@ class OutputLayer:
     scale: float = 1.0
     cap: float | None = None
     """Logits are ``cap tanh(scale (W x + b) / cap)``; None for none."""
+    in_lockstep: bool = False
+    """Whether ranks have shards of it, and gather them while they run the model."""
+    whole: tuple[Tensor, Tensor | None] | None = None
+    """Weight and bias, where the module has but a shard of them."""
 
     @property
     def weight(self) -> Tensor:
         """``(V, d)``."""
-        weight: Any = self.module.weight
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # type: ignore[no-any-return]
+        return self.module.weight if self.whole is None else self.whole[0]  # type: ignore[return-value]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the module has, at this moment, but a shard of them."""
+        return any(is_dtensor(p) for p in self.module.parameters(recurse=False))
+
+    def gathered(self) -> OutputLayer:
+        """The same with whole parameters. All ranks call it together."""
+        if not self.is_sharded:
+            return self
+        weight, bias = (_whole(getattr(self.module, name, None)) for name in ("weight", "bias"))
+        assert weight is not None
+        return replace(self, whole=(weight, bias))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of hidden states, with their graph."""
@@ -61,7 +87,8 @@ class OutputLayer:
 
     def logits_and_slopes(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits, and their slopes in what the layer itself gives; None for 1."""
-        weight, bias = self.weight, getattr(self.module, "bias", None)
+        bias = getattr(self.module, "bias", None) if self.whole is None else self.whole[1]
+        weight = self.weight
         raw = F.linear(hidden.to(weight.dtype), weight, bias).float()
         if self.scale == 1.0 and self.cap is None:
             return raw, None
@@ -75,6 +102,10 @@ class OutputLayer:
         return raw if self.cap is None else self.cap * torch.tanh(raw / self.cap)
 
 
+def _whole(parameter: Any) -> Tensor | None:
+    return parameter.full_tensor().detach() if is_dtensor(parameter) else parameter  # type: ignore[no-any-return]
+
+
 def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
     """Layers that may make logits of hidden states of that width, the most likely one first."""
     found: dict[int, tuple[str, nn.Module]] = {}
@@ -84,10 +115,12 @@ def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
         if isinstance(layer, nn.Module) and _fits(layer, width):
             found.setdefault(id(layer.weight), (_written(name, "get_output_embeddings()"), layer))
     modules = [(name, module) for name, module in model.named_modules() if _fits(module, width)]
-    for kind in (nn.Linear, nn.Embedding):
-        for name, module in reversed(modules):
-            if isinstance(module, kind):
-                found.setdefault(id(module.weight), (_written("", name), module))
+    linear = [each for each in reversed(modules) if isinstance(each[1], nn.Linear)]
+    tables = [each for each in reversed(modules) if isinstance(each[1], nn.Embedding)]
+    tables.sort(key=lambda each: -each[1].weight.shape[0])
+    # Before the layers inside of the trunk, of which there are many: tables, of tokens and not of positions.
+    for name, module in (*linear[:1], *tables, *linear[1:]):
+        found.setdefault(id(module.weight), (_written("", name), module))
     return [
         OutputLayer(name, layer, scale, cap)
         for name, layer in list(found.values())[:_MOST]
@@ -254,4 +287,6 @@ class BeforeTheHead:
 
     def find(self, output: Any) -> tuple[Tensor, ...]:
         """The logits of the forward that has just run."""
+        if self.layer.is_sharded:
+            unshard(self.model, self.layer.module)
         return (self.layer.logits(self.states.of_form(self.form)),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -83,6 +83,10 @@ class Outputs:
     """Outputs that are views of this one, whose gradients arrive here a second time."""
     apart: bool = False
     """Whether what came through the views was taken off."""
+    unread_gradients: list[tuple[Callable[[Any, Tensor], None], Tensor]] = field(default_factory=list)
+    """What arrived in the hidden states before a sharded output layer, and who reads it once that is whole:
+    ranks gather it at the step, and not inside a backward.
+    """
 
     @property
     def prediction_shape(self) -> torch.Size:

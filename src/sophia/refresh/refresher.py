@@ -24,6 +24,7 @@ from sophia.distributed.process_groups import ranks_of
 from sophia.distributed.shards import is_dtensor, local
 from sophia.distributed.wrappers import reducing
 from sophia.refresh.account import Account, account_of
+from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.cuts import Cuts
 from sophia.refresh.gradient_scale import factor_of, grad_scaler, measured
 from sophia.refresh.misread import Misread
@@ -34,6 +35,7 @@ from sophia.refresh.refusals import check_ownership, check_recorded
 from sophia.refresh.replay import Choice, Replay, RowsCannotBeTaken, choose, usable
 from sophia.refresh.sandbox import sandbox
 from sophia.refresh.seeds import generator, seed_for
+from sophia.refresh.unseen import find_unseen
 
 _OFTEN = 5
 
@@ -130,6 +132,8 @@ class Refresher:
             reducing(recorder.model),
         ):
             ranks.together(lambda: self._check_recorded(recorder, step, search))
+            find_unseen(recorder, usable(recorder), ranks)
+            ranks.together(lambda: self._check_outputs(recorder))
             self.weights_equal = not ranks.any_of(not recorder.weights_are_equal())[0]
             for what, words in prove(recorder, parameters, ranks):
                 self._say(what, words)
@@ -166,12 +170,20 @@ class Refresher:
                     parameter.grad = None
 
     def _check_recorded(self, recorder: Recorder, step: int, search: Search | None) -> None:
-        """Raise RuntimeError where nothing was recorded, or nothing of which h could be made."""
+        """Raise RuntimeError where nothing was recorded that can be run again."""
         if search is not None:
             search.check()
         check_recorded(recorder, step)
+        usable(recorder)
+
+    def _check_outputs(self, recorder: Recorder) -> None:
+        """Raise RuntimeError where there is nothing of which h could be made."""
+        recordings = usable(recorder)
+        for recording in recordings:
+            read_computed(recorder, recording)
+        recorder.other_outputs.settle(recordings)
         if self.estimator.needs_outputs:
-            self._misread.check(usable(recorder), type(recorder.model).__name__)
+            self._misread.check(recordings, type(recorder.model).__name__)
 
     def _account(self, recorder: Recorder, choice: Choice, parameters: Sequence[Tensor]) -> None:
         if self.accounts is not None:

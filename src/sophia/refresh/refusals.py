@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sophia.distributed.wrappers import parameters_at_rest
-from sophia.refresh.computed_reading import read_computed
 from sophia.refresh.recorder import Recorder
 from sophia.refresh.recording import trained
 from sophia.refresh.replay import usable
-from sophia.refresh.unseen import find_unseen
 
 __all__ = ["BY_HAND", "check_ownership", "check_recorded"]
 
@@ -41,10 +39,6 @@ def check_recorded(recorder: Recorder, step: int) -> None:
         )
     check_no_gradients_of_rows(recorder.model)
     check_own_parameters(recorder)
-    find_unseen(recorder, usable(recorder))
-    for recording in usable(recorder):
-        read_computed(recorder, recording)
-    recorder.other_outputs.settle(usable(recorder))
 
 
 def check_ownership(parameters: Sequence[Tensor], model: nn.Module) -> None:

@@ -1,0 +1,77 @@
+"""Fused losses in micro-batches without a counted label; and tables that make the logits beside many layers
+of their width.
+"""
+
+import pytest
+import torch
+from curvature_cases import cross_entropy, said, sentences
+from test_faults_hidden_logits import Around, Fused, Net, Tied, check_twins, fused, logits, mean, trained
+from torch import nn
+
+from sophia import Sophia
+
+
+def losses_summed(net, ids, targets):
+    layer = net.head
+    return Fused.apply(net.hidden(ids), layer.weight, layer.bias, targets, lambda z: z, 0.0).sum()
+
+
+def micro_batches(order):
+    """Two of them; the second has no label."""
+    ids, targets = sentences((6,) * 4)
+    targets[2:] = -100
+    return [(ids[2 * i : 2 * i + 2], targets[2 * i : 2 * i + 2]) for i in order]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["last", "first"])
+def test_a_micro_batch_without_a_label_before_the_head(order):
+    """Nothing arrives in its hidden states, which was taken for a loss that is not to be found."""
+    batches, results = micro_batches(order), []
+    count = sum(int((y >= 0).sum()) for _, y in batches)
+    for alone in (True, False):
+        torch.manual_seed(0)
+        model = Around(Net(), losses_summed if alone else logits)
+
+        def loss(m, alone=alone):
+            of_each = (m(x, y) if alone else cross_entropy(m(x), y, reduction="sum") for x, y in batches)
+            return sum(of_each) / count
+
+        results.append(trained(model, loss))
+    (found, words, stats), (expected, _, of_twin) = results
+    assert words == []
+    assert stats["B"] == of_twin["B"] == count
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+def test_a_first_step_without_any_label():
+    """It is skipped, and said; the next one finds what it is made of."""
+    (full, empty), model = micro_batches((0, 1)), Around(Net(), losses_summed)
+    opt = Sophia(model, update_every=1, lr=1e-3)
+
+    def run(ids, targets):
+        model(ids, targets).backward()
+        opt.step()
+        opt.zero_grad()
+
+    (words,) = said(lambda: run(*empty))
+    assert "no prediction was counted" in words
+    assert said(lambda: run(*full)) == []
+    assert (opt.stats()["refreshes"], opt.stats()["skipped"]) == (1, 1)
+
+
+class Deep(Tied):
+    """Six linear layers of the width of the table."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(12, 12) for _ in range(6)))
+        self.positions = nn.Embedding(6, 12)
+
+    def hidden(self, ids):
+        return self.norm(self.layers(self.tokens(ids).cumsum(1) + self.positions.weight))
+
+
+def test_a_table_among_many_layers():
+    """As in any transformer that is tied by hand: the layers of the trunk were tried, and not the table."""
+    check_twins(fused, logits, mean, net=Deep, close=1e-3)
