@@ -510,11 +510,13 @@ class Sophia(torch.optim.Optimizer):
                     self._take_model(trained.model, ranks, trained)
             recorder = self._recorder or self._stand_in()
             if recorder is None:
-                raise RuntimeError(
-                    f"a Hessian refresh is due at step {due[0]['step']}, but no model is attached (a copy "
-                    "or an unpickled optimizer has none): call "
-                    "opt.attach(model)"
+                gone = (
+                    "no model is attached (a copy or an unpickled optimizer has none): call opt.attach(model)"
+                    if self._search is None
+                    else "the module that owned the parameters is gone (rebuilt, or deleted): build the "
+                    "optimizer from the model that is trained now"
                 )
+                raise RuntimeError(f"a Hessian refresh is due at step {due[0]['step']}, but {gone}")
             first = self.param_groups[0]
             estimate = self._refresher.replay(
                 recorder, self._trained(), seed=first["seed"], step=first["step"], search=self._search

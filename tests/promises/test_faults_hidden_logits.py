@@ -1,96 +1,18 @@
-"""Models that keep their logits to themselves: a loss alone, chunks, caps, fused losses, hidden states.
-
-Each is held to its twin, which returns the logits and leaves the same loss to the loop: with the same seed
-both draw the same labels, so that h is the same number for number. Some are held to the oracle as well.
+"""Models that return their loss and no logits, compiled or not; each is held to its twin (``twins.py``), and
+some to the oracle as well.
 """
-
-import gc
-import weakref
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from curvature_cases import Case, Words, cross_entropy, judged, mean_estimate, said, sentences
+from curvature_cases import Case, cross_entropy, judged, mean_estimate, sentences
 from torch import nn
 from torch.nn import functional as F
+from twins import Around, Net, check_twins, logits, mean, trained
 
 from oracle import gauss_newton
 from sophia import Sophia
-
-
-class Net(Words):
-    """Logits of a token and all before it; hidden states that a module of their own makes."""
-
-    def __init__(self, width=12, vocabulary=7):
-        super().__init__()
-        self.tokens, self.head, self.norm = (
-            nn.Embedding(vocabulary, width),
-            nn.Linear(width, vocabulary),
-            nn.Tanh(),
-        )
-
-    def hidden(self, ids):
-        return self.norm(self.tokens(ids).cumsum(1))
-
-    def forward(self, ids):
-        return self.head(self.hidden(ids))
-
-
-class Around(nn.Module):
-    """A model around a net, with another forward."""
-
-    def __init__(self, net, forward):
-        super().__init__()
-        self.net, self._forward = net, forward
-
-    def forward(self, *args):
-        return self._forward(self.net, *args)
-
-
-def trained(model, loss, steps=3, **settings):
-    """H by name after some steps, and what was said; the weights move as they please."""
-    settings = {"lr": 1e-2, "weight_decay": 0.0, "update_every": 1, "fraction": 1.0, **settings}
-    opt = Sophia(model, **settings)
-
-    def run():
-        for _ in range(steps):
-            loss(model).backward()
-            opt.step()
-            opt.zero_grad()
-
-    words = said(run)
-    named = dict(model.named_parameters())
-    return {n: opt.state[p]["hessian"] for n, p in named.items() if opt.state.get(p)}, words, opt.stats()
-
-
-def check_twins(inside, outside, loss, *, net=Net, close=1e-4, **settings):
-    """``inside(net, ids, targets) -> loss`` of a model that is called so, and ``loss(outside(net, ids),
-    targets)`` of its twin.
-    """
-    ids, targets = settings.pop("data", sentences)()
-    results = []
-    for of_twin in (False, True):
-        torch.manual_seed(0)
-        model = Around(net(), outside if of_twin else inside)
-        if of_twin:
-            results.append(trained(model, lambda m: loss(m(ids), targets), **settings))
-        else:
-            results.append(trained(model, lambda m: m(ids, targets), **settings))
-    (found, words, stats), (expected, _, of_twin) = results
-    assert words == []
-    assert stats["B"] == of_twin["B"]
-    for name, h in expected.items():
-        assert float((found[name] - h).norm()) <= close * float(h.norm()), name
-    return stats
-
-
-def logits(net, ids):
-    return net(ids)
-
-
-def mean(z, targets):
-    return cross_entropy(z, targets)
-
+from sophia.likelihoods import Distillation
 
 # ---- the loss alone ----
 
@@ -290,227 +212,19 @@ def test_a_compiled_model_that_returns_logits_and_its_loss(name):
         torch.testing.assert_close(found[key], h, rtol=1e-3, atol=1e-6)
 
 
-# ---- fused: the logits never exist ----
+# ---- several softmaxes, other losses, logits that are only looked at ----
 
 
-class Fused(torch.autograd.Function):
-    """Losses of the labels, with nothing to be seen between them and the hidden states."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, after, smoothing):
-        with torch.enable_grad():
-            leaves = [t if t is None else t.detach().requires_grad_() for t in (hidden, weight, bias)]
-            z = after(F.linear(*leaves))
-            losses = cross_entropy(z, targets, reduction="none", label_smoothing=smoothing)
-        ctx.leaves, ctx.losses = leaves, losses
-        return losses.detach().view(targets.shape)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        leaves = [t for t in ctx.leaves if t is not None]
-        found = [*torch.autograd.grad(ctx.losses, leaves, gradient.flatten()), None][:3]
-        return (*found, None, None, None)
-
-
-def fused(net, ids, targets, *, after=lambda z: z, smoothing=0.0):
-    layer = net.head
-    losses = Fused.apply(
-        net.hidden(ids), layer.weight, getattr(layer, "bias", None), targets, after, smoothing
-    )
-    return losses.sum() / (targets >= 0).sum()
-
-
-class Tied(Net):
-    """The table of the tokens makes the logits, too."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = self.tokens
-
-    def forward(self, ids):
-        return F.linear(self.hidden(ids), self.tokens.weight)
-
-
-class Functional(Net):
-    """The last normalisation is no module."""
-
-    def hidden(self, ids):
-        return F.layer_norm(super().hidden(ids), (12,))
-
-
-class Config:
-    final_logit_softcapping, logit_scale = 2.0, 0.5
-
-
-class Configured(Net):
-    """A model whose configuration speaks of a scale and a cap."""
-
-    config = Config()
-
-    def get_output_embeddings(self):
-        return self.head
-
-
-def scaled_cap(z):
-    return cap(0.5 * z)
-
-
-FUSED = {
-    "mean": (fused, logits, mean, Net),
-    "smaller": (
-        lambda net, x, y: 0.25 * fused(net, x, y),
-        logits,
-        lambda z, y: 0.25 * mean(z, y),
-        Net,
-    ),
-    "smoothed": (
-        lambda net, x, y: fused(net, x, y, smoothing=0.2),
-        logits,
-        lambda z, y: cross_entropy(z, y, label_smoothing=0.2, reduction="sum") / (y >= 0).sum(),
-        Net,
-    ),
-    "tied": (fused, logits, mean, Tied),
-    "after a function": (fused, logits, mean, Functional),
-    "scaled and capped": (
-        lambda net, x, y: fused(net, x, y, after=scaled_cap),
-        lambda net, x: scaled_cap(net(x)),
-        mean,
-        Configured,
-    ),
-    "configured so, and not done": (fused, logits, mean, Configured),
-}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_a_fused_loss_inside_of_the_model(name):
-    inside, outside, loss, net = FUSED[name]
-    check_twins(inside, outside, loss, net=net, close=1e-3)
-
-
-@pytest.mark.parametrize("net", [Net, Functional])
-def test_its_rows_are_run_alone(net):
-    def data():
-        return sentences((6,) * 8)
-
-    stats = check_twins(fused, logits, mean, net=net, close=1e-3, fraction=0.25, data=data)
-    assert stats["share"] == 0.25
-
-
-def test_unequal_weights_before_the_head():
-    """A mean of the means of the rows."""
+def test_logits_returned_to_be_looked_at():
+    """Detached beside the loss: nothing could be propagated from them."""
 
     def inside(net, ids, targets):
-        losses = Fused.apply(net.hidden(ids), net.head.weight, net.head.bias, targets, lambda z: z, 0.0)
-        return (losses.sum(1) / (targets >= 0).sum(1)).mean()
+        z = net(ids)
+        return {"loss": mean(z, targets), "logits": z.detach()}
 
-    def outside(z, targets):
-        losses = cross_entropy(z, targets, reduction="none").view(targets.shape)
-        return (losses.sum(1) / (targets >= 0).sum(1)).mean()
-
-    check_twins(inside, logits, outside, close=1e-3)
-
-
-def test_log_probabilities_of_the_labels():
-    """As trl's trainers have it: they come out of the fused loss, beside others that the loss leaves out."""
-
-    class Output(dict):
-        pass
-
-    def inside(net, ids, targets):
-        hidden = net.hidden(ids)[:, :-1]
-        losses = Fused.apply(hidden, net.head.weight, net.head.bias, targets[:, 1:], lambda z: z, 0.0)
-        return Output(log_probs=-losses, entropy=losses.detach() + hidden.sum(-1), loss=losses.detach().sum())
-
-    class Named(Net):
-        def get_output_embeddings(self):
-            return self.head
-
-    ids, targets = sentences((6, 5, 3, 2))
-    torch.manual_seed(0)
-    found, words, stats = trained(
-        Around(Named(), inside),
-        lambda m: -m(ids, targets)["log_probs"].sum() / (targets[:, 1:] >= 0).sum(),
-    )
-    torch.manual_seed(0)
-    expected, _, of_twin = trained(Around(Named(), logits), lambda m: shifted(m(ids), targets))
-    assert words == []
-    assert stats["B"] == of_twin["B"] == 12
-    for name, h in expected.items():
-        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
-
-
-# ---- hidden states returned, the loss outside ----
-
-
-class Trunk(nn.Module):
-    """Leaves head and loss to the loop."""
-
-    def __init__(self, width, returned):
-        super().__init__()
-        self.tokens, self.mix = nn.Embedding(64, width), nn.Linear(width, width, bias=False)
-        self.returned = returned
-
-    def forward(self, ids):
-        states = torch.tanh(self.mix(self.tokens(ids)))
-        return F.linear(states, self.tokens.weight) if self.returned == "logits" else states
-
-
-def fused_outside(states, weight, targets):
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this torch has no linear_cross_entropy")
-    return F.linear_cross_entropy(states.flatten(0, 1), weight, targets.flatten())
-
-
-def plain_outside(states, weight, targets):
-    return cross_entropy(states @ weight.T, targets)
-
-
-@pytest.mark.parametrize(
-    ("width", "autocast", "outside"),
-    [
-        (64, False, plain_outside),
-        (768, False, plain_outside),
-        (768, True, plain_outside),
-        (768, False, fused_outside),
-    ],
-    ids=["64", "768", "768-bfloat16", "768-fused"],
-)
-def test_hidden_states_and_a_loss_outside(width, autocast, outside):
-    """A tied head outside of the model: its gradient sums to little at a real width."""
-    g = torch.Generator().manual_seed(width)
-    ids, targets = torch.randint(0, 64, (8, 8), generator=g), torch.randint(0, 64, (8, 8), generator=g)
-    results = []
-    for returned in ("states", "logits"):
-        torch.manual_seed(0)
-
-        def loss(model, returned=returned):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                output = model(ids)
-                if returned == "logits":
-                    return cross_entropy(output, targets)
-                return outside(output, model.tokens.weight, targets)
-
-        results.append(trained(Trunk(width, returned), loss, lr=1e-4))
-    (found, words, stats), (expected, _, _) = results
-    assert words == []
-    assert stats["B"] > 1
-    for name, h in expected.items():
-        difference = float((found[name] - h).norm() / h.norm())
-        assert difference < (0.1 if autocast else 1e-3), (name, difference)
-
-
-def test_probabilities_of_a_layer_are_its_logits():
-    """A model that ends in a softmax, and the logarithm outside: what the loss is made of is found."""
     ids, targets = sentences()
-    targets = targets.clamp(min=0)
-
-    def inside(net, ids):
-        return net(ids).softmax(-1)
-
     torch.manual_seed(0)
-    found, words, _ = trained(
-        Around(Net(), inside), lambda m: F.nll_loss(m(ids).log().flatten(0, 1), targets.flatten())
-    )
+    found, words, _ = trained(Around(Net(), inside), lambda m: m(ids, targets)["loss"])
     torch.manual_seed(0)
     expected, _, _ = trained(Around(Net(), logits), lambda m: mean(m(ids), targets))
     assert words == []
@@ -518,76 +232,82 @@ def test_probabilities_of_a_layer_are_its_logits():
         torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
 
 
-# ---- what cannot be found ----
+class Routed(Net):
+    """A router whose entropy is a penalty."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(12, 3)
+
+    def routed(self, ids):
+        hidden = self.hidden(ids)
+        shares = self.router(hidden).log_softmax(-1)
+        return self.head(hidden * (1 + shares.exp()[..., :1])), shares
 
 
-def test_a_head_outside_of_the_model_is_told():
-    """The output layer is not the model's: nobody could know it."""
-    ids, targets = sentences()
-    torch.manual_seed(0)
-    model, head = Around(Net(), lambda net, ids: net.hidden(ids)), nn.Linear(12, 7)
-    before = [p.clone() for p in model.parameters()]
-    opt = Sophia(model)
-    mean(head(model(ids)), targets).backward()
-    with pytest.raises(RuntimeError, match=r"logits_fn=lambda hidden"):
-        opt.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_a_loss_that_changes_its_kind_ends_nothing():
-    ids, targets = sentences()
-    torch.manual_seed(0)
-    net, calls = Net(), []
+def test_the_entropy_of_a_router_is_left_out():
+    """Its softmax is no prediction, and took the weights of those that are."""
 
     def inside(net, ids, targets):
-        calls.append(None)
-        loss = fused(net, ids, targets)
-        return loss if len(calls) < 3 else loss + net.hidden(ids).square().sum()
+        z, shares = net.routed(ids)
+        return mean(z, targets) + 0.1 * (shares.exp() * shares).sum(-1).mean()
 
-    model = Around(net, inside)
-    opt = Sophia(model, update_every=1, lr=1e-4)
-
-    def run():
-        for _ in range(4):
-            model(ids, targets).backward()
-            opt.step()
-            opt.zero_grad()
-
-    assert any("is so no longer" in words for words in said(run))
-
-
-def test_a_fused_model_is_run_once_more_only_at_first():
-    """Later its last hidden states are listened to in the training forwards themselves."""
-    ids, targets = sentences((6,) * 8)
+    ids, targets = sentences()
     torch.manual_seed(0)
-    net = Net()
-    model, calls = Around(net, fused), []
-    model.register_forward_hook(lambda *_: calls.append(None))
-    opt = Sophia(model, lr=1e-4, update_every=1, fraction=1.0)
-    numbers = []
-    for _ in range(3):
-        calls.clear()
-        model(ids, targets).backward()
-        opt.step()
-        opt.zero_grad()
-        numbers.append(len(calls))
-    assert numbers[1:] == [2, 2]  # the training forward, and that of the refresh
-    assert not net.norm._forward_hooks
-    assert not net._forward_hooks
-
-
-def test_no_hidden_states_are_kept():
-    """Hidden states are as large as a layer's, and hold the graph that made them."""
-    ids, targets = sentences((6,) * 8)
+    found, _, stats = trained(Around(Routed(), inside), lambda m: m(ids, targets), steps=1, lr=0.0)
     torch.manual_seed(0)
-    model = Around(Net(), fused)
-    made = []
-    model.net.norm.register_forward_hook(lambda _module, _args, output: made.append(weakref.ref(output)))
-    opt = Sophia(model, lr=1e-4, update_every=1)
-    for _ in range(2):
-        model(ids, targets).backward()
+    twin = Around(Routed(), lambda net, ids: net.routed(ids)[0])
+    expected, _, of_twin = trained(twin, lambda m: mean(m(ids), targets), steps=1, lr=0.0)
+    assert stats["B"] == of_twin["B"]
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+def test_a_value_head_inside_is_told():
+    def inside(net, ids, targets):
+        hidden = net.hidden(ids)
+        return (
+            mean(net.head(hidden), targets)
+            + hidden.mean(-1).sub(1).square().mean()
+            + F.mse_loss(hidden.sum(-1), targets.float())
+        )
+
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    _, words, _ = trained(Around(Net(), inside), lambda m: m(ids, targets))
+    assert len(words) == 1
+    assert "MseLoss" in words[0]
+    assert "Heads" in words[0]
+
+
+def test_a_teacher_inside_is_told():
+    """Its two softmaxes are of one prediction, and would be counted twice."""
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 6, 7).softmax(-1)
+
+    def inside(net, ids, targets):
+        z = net(ids)
+        soft = F.kl_div((z / 2).log_softmax(-1), teacher, reduction="batchmean")
+        return mean(z, targets) + 0.5 * 4 * soft
+
+    model = Around(Net(), inside)
+    opt = Sophia(model, likelihood=Distillation(2.0, hard=1.0, soft=0.5))
+    model(ids, targets).backward()
+    with pytest.raises(RuntimeError, match=r"returns its loss, one number.*Let it return the logits"):
         opt.step()
-        opt.zero_grad()
-    gc.collect()
-    assert len(made) >= 4
-    assert all(ref() is None for ref in made)
+
+
+def test_reentrant_checkpointing_around_the_loss_is_told():
+    def inside(net, ids, targets):
+        def loss(x):
+            return cross_entropy(net.head(x), targets)
+
+        return torch.utils.checkpoint.checkpoint(loss, net.hidden(ids), use_reentrant=True)
+
+    ids, targets = sentences()
+    model = Around(Net(), inside)
+    opt = Sophia(model)
+    model(ids, targets).backward()
+    with pytest.raises(RuntimeError, match=r"take use_reentrant=False"):
+        opt.step()

@@ -19,12 +19,20 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from sophia.likelihoods import Bernoulli, Categorical, Gaussian, Head
+from sophia.likelihoods import Bernoulli, Categorical, Distillation, Gaussian, Head
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import tensors_in
 from sophia.refresh.places import fields
 
-__all__ = ["Inside", "LossGraph", "backward", "found_inside", "is_made_of_losses"]
+__all__ = [
+    "Inside",
+    "LossGraph",
+    "backward",
+    "found_inside",
+    "is_compiled",
+    "is_made_of_losses",
+    "other_losses",
+]
 
 _NODES = (
     (Categorical, "LogSoftmaxBackward0", "_saved_result"),
@@ -33,6 +41,7 @@ _NODES = (
 )
 """By likelihood, the node of its loss, and where it keeps the outputs that the likelihood speaks of."""
 _LOSSES = ("NllLoss", "BinaryCrossEntropyWithLogits", "MseLoss")
+_OTHERS = ("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy")
 _NEAR = 4  # nodes between a loss for each prediction and what is returned of it
 _MOST = 64  # predictions in so many chunks
 _FAR = 16  # nodes between a loss and the flattening of its logits
@@ -87,6 +96,8 @@ class LossGraph:
     """Predictions inside the graph of what the model returns."""
 
     head: Head
+    kept: tuple[int, ...] | None = None
+    """Numbers of those that are predictions; None for all."""
 
     @contextmanager
     def seen(self) -> Iterator[None]:
@@ -96,7 +107,9 @@ class LossGraph:
 
     def find(self, output: Any) -> tuple[Tensor, ...]:
         """The predictions of a forward, from what it returned."""
-        return tuple(i.as_output() for i in found_inside(tensors_in(fields(output)), self.head))
+        inside = found_inside(tensors_in(fields(output)), self.head)
+        numbers = range(len(inside)) if self.kept is None else self.kept
+        return tuple(inside[number].as_output() for number in numbers if number < len(inside))
 
 
 def found_inside(tensors: Iterable[Tensor], head: Head) -> list[Inside]:
@@ -104,8 +117,8 @@ def found_inside(tensors: Iterable[Tensor], head: Head) -> list[Inside]:
     graph; none where the graph does not show it: a compiled one, or a function of the user's.
     """
     kind = next(((name, kept) for of, name, kept in _NODES if isinstance(head.likelihood, of)), None)
-    if kind is None:
-        return []
+    if kind is None or isinstance(head.likelihood, Distillation):
+        return []  # a teacher's loss has two softmaxes of one prediction
     name, kept = kind
     found: list[Inside] = []
     for node in _nodes(tensors, but_through=name):
@@ -127,6 +140,14 @@ def _nodes(tensors: Iterable[Tensor], but_through: str = "") -> Iterator[Any]:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def other_losses(tensors: Iterable[Tensor], head: Head) -> list[str]:
+    """Names of losses of another kind that returned tensors were made of, beside that of the head."""
+    mine = next((name for of, name, _ in _NODES if isinstance(head.likelihood, of)), "")
+    names = {node.name() for node in _nodes(tensors, but_through=mine)}
+    found = (name.removesuffix("Backward0") for name in sorted(names) if name != mine)
+    return [name for name in found if name.startswith(_OTHERS)]
 
 
 def is_compiled(tensors: Iterable[Tensor]) -> bool:

@@ -142,7 +142,14 @@ class Finding:
         found: list[Tensor | None] = [None] * len(wanted)
         while True:
             inner = [*wanted, *(get_gradient_edge(t) for t, _ in others)]
-            through = torch.autograd.grad(first, inner, gradient, retain_graph=True, allow_unused=True)
+            try:
+                through = torch.autograd.grad(first, inner, gradient, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"what {type(self._recorder.model).__name__} makes its loss of cannot be looked at: "
+                    f"{error}\nWith activation checkpointing take use_reentrant=False, or leave the loss out "
+                    "of what is checkpointed; or let the model return the logits"
+                ) from error
             found = [
                 b if a is None else a if b is None else a + b for a, b in zip(found, through, strict=False)
             ]
@@ -209,7 +216,8 @@ class Finding:
                     maximize=self._recorder.maximize,
                 ).read(whole[number], own)
             return True
-        if any(here):
+        something = any(bool(gradient.any()) for _, gradient in pairs)
+        if any(here) or (something and not forms):
             return False
         shapes = {form: state.shape for form, state in zip(forms, hidden, strict=True)}
         self.empty.append(Empty(self._recording, shapes, {form: states.maker_of(form) for form in forms}))

@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 _MOST = 4  # layers that are tried
+_TELLING = (
+    0.2  # how far the nearest of so many directions is from a random one, roughly: well above any noise
+)
 
 Form = tuple[bool, int, int]
 """Whether a module returned a tensor, how many dimensions it has, and its width."""
@@ -114,7 +117,12 @@ def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
         layer = named() if callable(named) else None
         if isinstance(layer, nn.Module) and _fits(layer, width):
             found.setdefault(id(layer.weight), (_written(name, "get_output_embeddings()"), layer))
-    modules = [(name, module) for name, module in model.named_modules() if _fits(module, width)]
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
+    modules = [
+        (name, module)
+        for name, module in model.named_modules()
+        if _fits(module, width) and not name.startswith(adapted or ("\0",))
+    ]
     linear = [each for each in reversed(modules) if isinstance(each[1], nn.Linear)]
     tables = [each for each in reversed(modules) if isinstance(each[1], nn.Embedding)]
     tables.sort(key=lambda each: -each[1].weight.shape[0])
@@ -144,9 +152,11 @@ def _written(*names: str) -> str:
 
 def _fits(layer: nn.Module, width: int) -> bool:
     weight = getattr(layer, "weight", None)
-    return (
-        isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width and weight.shape[0] > 1
-    )
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or hasattr(layer, "base_layer"):
+        return False  # not an adapter around a layer, whose weight is not what it multiplies by
+    classes = weight.shape[0]
+    # In few dimensions some row of many points nearly in the direction of any gradient: nothing is shown.
+    return weight.shape[1] == width > 1 < classes and classes ** (-1 / (width - 1)) > _TELLING
 
 
 def _settings(model: nn.Module) -> list[tuple[float, float | None]]:

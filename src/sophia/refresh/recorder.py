@@ -30,7 +30,7 @@ from sophia.refresh.conditions import Witnesses
 from sophia.refresh.hidden_reading import OfHidden, output_of
 from sophia.refresh.hook import Hook
 from sophia.refresh.listeners import Keeper, OfLoss, OfOutput
-from sophia.refresh.loss_graph import LossGraph, found_inside, is_compiled, is_made_of_losses
+from sophia.refresh.loss_graph import LossGraph, found_inside, is_compiled, is_made_of_losses, other_losses
 from sophia.refresh.model_outputs import find_logits, find_loss, tensors_in
 from sophia.refresh.other_outputs import OtherOutputs
 from sophia.refresh.output_layer import BeforeTheHead, Catch, may_be_found_later
@@ -273,12 +273,11 @@ class Recorder:
         """
         if self.logits_fn is not None or self.named:
             return False
-        found = find_logits(output)
-        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim == 0:
+        found, classes = find_logits(output), bool(self.heads[0].likelihood.event_dims)
+        detached = isinstance(found, Tensor) and not found.requires_grad  # to be looked at, and not trained
+        if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim == 0 or detached:
             return any(t.requires_grad for t in tensors_in(fields(output)))
-        if self.heads[0].likelihood.event_dims and (found.shape[-1] == self.hidden_width):
-            return True
-        return bool(self.heads[0].likelihood.event_dims) and is_made_of_losses(found)
+        return classes and (found.shape[-1] == self.hidden_width or is_made_of_losses(found))
 
     def _listen_before(self, recording: Recording, source: BeforeTheHead, hidden: Tensor) -> None:
         """Listen to the hidden states of which the predictions were seen to be made."""
@@ -295,6 +294,7 @@ class Recorder:
         returned = list(places_in(output))
         inside = found_inside([t for _, t in returned], head)
         if inside:
+            recording.other_losses = other_losses((t for _, t in returned), head)
             recording.source = LossGraph(head)
             recording.outputs = tuple(Outputs(head, each.values.shape, True) for each in inside)
             if self.mask_fn is not None:

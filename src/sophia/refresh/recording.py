@@ -162,6 +162,8 @@ class Recording:
     """Where the outputs are that the model does not return; None for returned ones."""
     arrived: dict[Place, Tensor] = field(default_factory=dict)
     """Gradients that came to what it returned, where the outputs are still to be found."""
+    other_losses: Sequence[str] = ()
+    """Names of losses of another kind in the graph of what it returned."""
     loss_gradient: Tensor | None = None
     """What has arrived in the loss that the model returned: its factor in the loss that is trained."""
     loss_place: Place | None = None

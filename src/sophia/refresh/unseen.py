@@ -7,6 +7,7 @@ of compiled graphs (``one_more_forward.py``). All ranks find the same layer, or 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia.checks import SophiaWarning
 from sophia.distributed.collectives import Ranks
 from sophia.refresh.counted import mask_from_labels
+from sophia.refresh.loss_graph import LossGraph
 from sophia.refresh.one_more_forward import Empty, Finding, came_by_loss_alone, made_of, nothing_counts
 from sophia.refresh.output_layer import BeforeTheHead, Form, output_layers
 from sophia.refresh.recorder import Recorder
@@ -34,6 +37,11 @@ def find_unseen(recorder: Recorder, recordings: Sequence[Recording], ranks: Rank
     Raises:
         RuntimeError: on all ranks, if on one there are predictions that are not to be found.
     """
+    for recording in recordings:
+        _leave_out_what_is_no_loss(recording)
+        if recording.other_losses and "other losses" not in recorder.guessed:
+            recorder.guessed.add("other losses")
+            warnings.warn(_beside(recorder, recording.other_losses), SophiaWarning)
     wanted = ranks.together(lambda: [_is_wanted(recorder, recording) for recording in recordings])
     if ranks.lockstep:
         wanted = ranks.any_of(*wanted)
@@ -57,6 +65,28 @@ def find_unseen(recorder: Recorder, recordings: Sequence[Recording], ranks: Rank
             empty += finding.empty
     ranks.agree(error)
     _take_over(recorder, empty, ranks)
+
+
+def _leave_out_what_is_no_loss(recording: Recording) -> None:
+    """Keep of several softmaxes in a loss those whose weights could be read, if any: the others are of a
+    penalty (a router's entropy) or of a number that is only looked at.
+    """
+    source, parts = recording.source, recording.outputs
+    if not isinstance(source, LossGraph) or source.kept is not None or len(parts) < 2:
+        return
+    kept = [i for i, p in enumerate(parts) if p.mask is not None and p.weights is not None and not p.unread]
+    if kept and len(kept) < len(parts) and len({parts[i].shape[-1] for i in kept}) == 1:
+        recording.outputs = tuple(parts[i] for i in kept)
+        recording.source = LossGraph(source.head, tuple(kept))
+
+
+def _beside(recorder: Recorder, names: Sequence[str]) -> str:
+    return (
+        f"{type(recorder.model).__name__} makes a loss of another kind ({', '.join(names)}) beside that of "
+        f"{type(recorder.heads[0].likelihood).__name__}(): h is without it. If it is one of predictions (a "
+        "value head), return the outputs of both and say what each is, likelihood=Heads({...}); "
+        "estimator='hutchinson' has all of the loss in it"
+    )
 
 
 def _is_wanted(recorder: Recorder, recording: Recording) -> bool:
