@@ -15,6 +15,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sophia.likelihoods.weights import Reading
 
 __all__ = ["MECHANISMS", "Mechanism"]
@@ -132,12 +134,25 @@ def whole_gradient(original: Any) -> Any:
     return lambda part, gradient, *, always: gradient
 
 
+def through_others_too(original: Any) -> Any:
+    """What came through other returned tensors, counted with what came to them."""
+
+    def gradients(self: Any, wanted: Any, pairs: Any) -> Any:
+        tensors, arrived = [t for t, _ in pairs], [g for _, g in pairs]
+        return list(torch.autograd.grad(tensors, wanted, arrived, retain_graph=True, allow_unused=True))
+
+    return gradients
+
+
 FAULTS, REFRESH = "tests/promises/test_faults_", "tests/refresh/test_"
 ORDER = f"{FAULTS}selection.py::test_order_of_a_batch_does_not_decide_h"
 WEIGHTED = f"{FAULTS}weights.py::test_h_is_the_curvature_of_the_weighted_loss"
 ROWS = f"{FAULTS}rows.py::test_rows_are_cut_only_where_they_are_independent"
 ALL_OUTPUTS = f"{FAULTS}outputs.py::test_all_outputs_of_the_loss_count"
 SKIPPED = f"{REFRESH}arrivals.py::test_a_batch_skipped_by_the_loop_does_not_count"
+COMPILED = "tests/integrations/test_loss_code_bases.py::test_its_loss_in_a_compiled_graph_has_the_same_h"
+HIDDEN = f"{FAULTS}hidden_logits.py::test_"
+FUSED = f"{FAULTS}fused_losses.py::test_"
 TOLD = f"{FAULTS}losses.py::test_losses_that_are_no_cross_entropy_are_told"
 
 MECHANISMS = (
@@ -336,5 +351,57 @@ MECHANISMS = (
         "sophia.refresh.eager:eager",
         lambda original: nullcontext,
         (f"{REFRESH}eager.py::test_as_many_graphs_as_under_adamw[in place-static]",),
+    ),
+    # what a model keeps to itself
+    Mechanism(
+        "predictions in the graph of a loss are found",
+        "sophia.refresh.loss_graph:found_inside",
+        constant([]),
+        (f"{HIDDEN}a_model_that_returns_its_loss_alone[capped]",),
+    ),
+    Mechanism(
+        "a loss inside a compiled graph is run again outside of it",
+        "sophia.refresh.loss_graph:LossGraph.seen",
+        lambda original: lambda self: nullcontext(),
+        (f"{COMPILED}[modded-nanogpt]",),
+    ),
+    Mechanism(
+        "predictions before the output layer are found",
+        "sophia.refresh.one_more_forward:Finding._read_hidden",
+        constant(False),
+        (f"{FUSED}a_fused_loss_inside_of_the_model[mean]", f"{FUSED}hidden_states_and_a_loss_outside[768]"),
+    ),
+    Mechanism(
+        "what arrives before the output layer must be a cross-entropy's",
+        "sophia.likelihoods.before_the_head:Fit.share",
+        constant(1.0),
+        (f"{FUSED}a_head_outside_of_the_model_is_told",),
+    ),
+    Mechanism(
+        "a gradient that came through another output is not counted twice",
+        "sophia.refresh.one_more_forward:Finding._gradients_in",
+        through_others_too,
+        (f"{FAULTS}before_the_head.py::test_states_that_are_returned_beside_the_loss_made_of_them[states]",),
+    ),
+    Mechanism(
+        "a micro-batch in which nothing counts takes the layer of the others",
+        "sophia.refresh.unseen:_take_over",
+        nothing,
+        (
+            f"{FAULTS}before_the_head.py::test_a_micro_batch_without_a_label_before_the_head[first]",
+            f"{FAULTS}before_the_head.py::test_a_first_step_without_any_label",
+        ),
+    ),
+    Mechanism(
+        "rows are found where all positions lie in one dimension",
+        "sophia.refresh.division:_flattened",
+        nothing,
+        (f"{REFRESH}choice.py::test_rows_are_found_where_all_positions_lie_in_one_dimension[5-TimeFirst]",),
+    ),
+    Mechanism(
+        "ends of documents are cut with the row",
+        "sophia.refresh.division:_are_ends",
+        constant(False),
+        (f"{REFRESH}choice.py::test_ends_of_documents_are_cut_with_the_row",),
     ),
 )

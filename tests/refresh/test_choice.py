@@ -326,6 +326,26 @@ def test_a_packed_row_gives_some_of_its_documents(told_by):
     assert seen == set(LENGTHS)  # one whole document each time, drawn from all
 
 
+class PackedByEnds(Packed):
+    """Documents told by where they end, as kernels for packed rows want it."""
+
+    def forward(self, ids, position_ids, cu_seqlens):
+        assert cu_seqlens[-1] == ids.shape[1]  # a kernel would read what is not there
+        places = torch.arange(ids.shape[1])[None]
+        return super().forward(ids, documents=torch.bucketize(places, cu_seqlens[1:], right=True))
+
+
+def test_ends_of_documents_are_cut_with_the_row():
+    """Ends of the whole row, handed over with some of its documents."""
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    opt = Sophia(model := PackedByEnds(), **MANUAL)
+    seen = set()
+    for _ in range(40):
+        one_step(opt, model(torch.randint(0, 9, (1, 40)), DOCUMENTS["position_ids"], ends))
+        seen.add(int(opt.stats()["B"]))
+    assert seen == set(LENGTHS)
+
+
 def test_a_packed_row_of_unequal_documents_is_sampled_without_bias():
     """Long documents and short ones weigh by their tokens in the loss, and are drawn alike."""
     model = Packed()

@@ -217,7 +217,7 @@ class Finding:
                 ).read(whole[number], own)
             return True
         something = any(bool(gradient.any()) for _, gradient in pairs)
-        if any(here) or (something and not forms):
+        if any(here) or (something and all(gradient is None for gradient in gradients)):
             return False
         shapes = {form: state.shape for form, state in zip(forms, hidden, strict=True)}
         self.empty.append(Empty(self._recording, shapes, {form: states.maker_of(form) for form in forms}))

@@ -1,12 +1,13 @@
-"""Fused losses in micro-batches without a counted label; and tables that make the logits beside many layers
-of their width.
+"""Fused losses in micro-batches without a counted label, beside hidden states that are returned too, and by
+tables among many layers of their width.
 """
 
 import pytest
 import torch
 from curvature_cases import cross_entropy, said, sentences
-from test_faults_hidden_logits import Around, Fused, Net, Tied, check_twins, fused, logits, mean, trained
+from test_faults_fused_losses import Fused, Tied, fused
 from torch import nn
+from twins import Around, Net, check_twins, logits, mean, trained
 
 from sophia import Sophia
 
@@ -75,3 +76,40 @@ class Deep(Tied):
 def test_a_table_among_many_layers():
     """As in any transformer that is tied by hand: the layers of the trunk were tried, and not the table."""
     check_twins(fused, logits, mean, net=Deep, close=1e-3)
+
+
+@pytest.mark.parametrize("place", ["states", "both"])
+def test_states_that_are_returned_beside_the_loss_made_of_them(place):
+    """Their gradient came through the loss: counted once more, every prediction would weigh twice as much."""
+
+    def inside(net, ids, targets):
+        table, layer = net.tokens(ids), net.head
+        states = net.norm(table.cumsum(1))
+        losses = Fused.apply(states, layer.weight, layer.bias, targets, lambda z: z, 0.0)
+        others = (states,) if place == "states" else (table, states)
+        return {"loss": losses.sum() / (targets >= 0).sum(), "hidden_states": others}
+
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    found, words, stats = trained(Around(Net(), inside), lambda m: m(ids, targets)["loss"])
+    torch.manual_seed(0)
+    expected, _, of_twin = trained(Around(Net(), logits), lambda m: mean(m(ids), targets))
+    assert words == []
+    assert stats["B"] == of_twin["B"]
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loss_whose_states_are_not_found_is_no_step_without_a_label():
+    """Other states of the same form came later: a gradient arrived, so that something counts."""
+
+    def inside(net, ids, targets):
+        loss = fused(net, ids, targets)
+        net.tokens(ids)
+        return loss
+
+    model = Around(Net(), inside)
+    opt = Sophia(model)
+    model(*sentences()).backward()
+    with pytest.raises(RuntimeError, match="where the predictions are made could not be found"):
+        opt.step()
