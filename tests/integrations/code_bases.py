@@ -65,7 +65,7 @@ def words_of(run: Callable[[], Any]) -> list[str]:
     return [str(w.message) for w in heard]
 
 
-def check_that_it_trains(base: CodeBase, *, steps: int = 40, **settings) -> None:
+def check_that_it_trains(base: CodeBase, *, steps: int = 30, **settings) -> None:
     """The loop under its own line and under ours: nothing is said, and the loss falls under both."""
     for line in (base.adamw, base.sophia):
         torch.manual_seed(0)
@@ -118,18 +118,21 @@ def check_twins(
     first: dict[str, Any],
     second: dict[str, Any],
     *,
+    other: CodeBase | None = None,
     steps: int = 4,
     lr: float = 1e-3,
     close: float = 1e-3,
 ) -> None:
-    """Two ways to run a script have the same h, number for number: both draw the same labels."""
+    """Two ways to run a script, or another one, have the same h, number for number: both draw the same
+    labels.
+    """
     found = []
-    for settings in (first, second):
+    for base, settings in ((base, first), (other or base, second)):
         torch.manual_seed(0)
         model = base.model()
         opt = base.sophia(model, lr=lr, update_every=1)
         words = words_of(
-            lambda model=model, opt=opt, settings=settings: list(
+            lambda base=base, model=model, opt=opt, settings=settings: list(
                 itertools.islice(base.train(model, opt, lr, **settings), steps)
             )
         )
