@@ -127,13 +127,13 @@ def check_twins(
     labels.
     """
     found = []
-    for base, settings in ((base, first), (other or base, second)):
+    for each, settings in ((base, first), (other or base, second)):
         torch.manual_seed(0)
-        model = base.model()
-        opt = base.sophia(model, lr=lr, update_every=1)
+        model = each.model()
+        opt = each.sophia(model, lr=lr, update_every=1)
         words = words_of(
-            lambda base=base, model=model, opt=opt, settings=settings: list(
-                itertools.islice(base.train(model, opt, lr, **settings), steps)
+            lambda each=each, model=model, opt=opt, settings=settings: list(
+                itertools.islice(each.train(model, opt, lr, **settings), steps)
             )
         )
         assert words == []
