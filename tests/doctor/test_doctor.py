@@ -247,7 +247,15 @@ class Fused(Net):
         return {"logits": None, "loss": super().forward(ids, labels)[1]}
 
 
+class Distances(Fused):
+    """No cross-entropy, and nothing that one could be made of."""
+
+    def forward(self, ids, labels):
+        return {"loss": self.head(self.embedding(ids)).square().mean()}
+
+
 fused = lambda: (Fused(), (ids, labels))
+distances = lambda: (Distances(), (ids, labels))
 regression = lambda: (Net(), lambda model: (model(ids) - 1).square().mean())
 
 
@@ -321,11 +329,18 @@ def test_wrong_use_says_what_to_write(name, more, text, module, capsys):
 
 WRONG = [
     ("wrapper", [], "ran no forward in training mode"),
-    ("fused", [], "cannot find logits in the output of Fused (dict)"),
+    ("distances", [], "Distances returns its loss, one number, and where the predictions are made could not"),
     ("regression", [], "the gradient of your loss in the output of Net is not that of a mean or weighted"),
     ("by_function", ["--optimizer", "subject_of_the_test:late"], "renewed on the steps [3, 7, 11, 15, 19]"),
     ("by_function", ["--optimizer", "subject_of_the_test:still"], "it does not fall"),
 ]  # fmt: skip
+
+
+def test_a_model_without_logits_is_right(module, capsys):
+    """Its predictions are found in the graph of its loss."""
+    assert main(["--model", module + "fused", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert "24 of 24 predictions count" in " | ".join(f["text"] for f in findings)
 
 
 @pytest.mark.parametrize(("name", "more", "text"), WRONG)
