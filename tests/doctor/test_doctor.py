@@ -248,8 +248,6 @@ class Fused(Net):
 
 
 class Distances(Fused):
-    """No cross-entropy, and nothing that one could be made of."""
-
     def forward(self, ids, labels):
         return {"loss": self.head(self.embedding(ids)).square().mean()}
 
