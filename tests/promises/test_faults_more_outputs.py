@@ -251,24 +251,36 @@ def test_outputs_that_go_into_the_model_again_are_none_of_the_loss():
     assert outcome(run) == (None, [])
 
 
-def test_a_loss_of_a_tensor_that_is_returned_in_parts_is_said():
-    """Several streams of logits, of which the first alone counts."""
+def test_a_loss_of_a_tensor_that_is_returned_in_parts():
+    """Several streams of logits, of which the first alone was counted: all are found in the loss."""
 
     class Streams(Words):
-        def forward(self, ids, y):
+        def forward(self, ids, y, whole):
             z = torch.stack([super().forward(ids), super().forward(ids.flip(1))], 1)
-            loss = F.cross_entropy(z.flatten(0, 2), torch.stack([y, y], 1).flatten())
+            targets = torch.stack([y, y], 1)
+            if whole:
+                return z
+            loss = F.cross_entropy(z.flatten(0, 2), targets.flatten())
             return {"loss": loss, "logits": z[:, 0], "ngrams": z[:, 1:]}
 
-    model, (ids, y) = Streams(), sentences((6, 6))
-    opt = Sophia(model, lr=0.01, update_every=1)
+    ids, y = sentences((6, 6))
+    found = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        model = Streams()
+        opt = Sophia(model, lr=0.01, update_every=1, fraction=1.0)
 
-    def run():
-        model(ids, y)["loss"].backward()
-        opt.step()
+        def run(model=model, opt=opt, whole=whole):
+            output = model(ids, y, whole)
+            loss = cross_entropy(output, torch.stack([y, y], 1)) if whole else output["loss"]
+            loss.backward()
+            opt.step()
 
-    (heard,) = said(run)
-    assert "output['ngrams']" in heard
+        assert outcome(run) == (None, [])
+        assert opt.stats()["B"] == 24
+        found.append([opt.state[p]["hessian"] for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
 
 
 def test_kin_of_tensors_in_a_graph():
