@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sophia.curvature.estimate import Diagonals, Estimate, Estimator, PassByHand, PassContext
+from sophia.curvature.graph_nodes import nodes_of
 
 __all__ = ["Hutchinson"]
 
@@ -125,18 +126,8 @@ def _check_differentiable(roots: Sequence[Any]) -> None:
 
     Autograd does not: it sees no way from there to a parameter, and leaves that part of the Hessian out.
     """
-    seen = {node for node in roots if node is not None}
-    ahead = list(seen)
-    while ahead:
-        node = ahead.pop()
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "trying to differentiate twice a function that is marked as once differentiable"
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                ahead.append(following)
+    if any(node.name() == "torch::autograd::Error" for node in nodes_of(roots)):
+        raise RuntimeError("trying to differentiate twice a function that is marked as once differentiable")
 
 
 def _of_one_order(cause: str) -> str:

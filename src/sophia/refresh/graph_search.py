@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sophia.curvature.graph_nodes import nodes_of
+
 __all__ = ["Kin", "kin_of"]
 
 _Edge = tuple[Any, int]
@@ -72,13 +74,7 @@ def _edge(tensor: Tensor) -> _Edge:
 
 def _walk(starts: Iterable[Any], nodes: set[Any], edges: set[_Edge]) -> None:
     """Add all nodes that these are made of, and the tensors between them, but not beyond known nodes."""
-    waiting = [node for node in starts if node not in nodes]
-    nodes.update(waiting)
-    while waiting:
-        for node, number in waiting.pop().next_functions:
-            if node is None:
-                continue
-            edges.add((node, number))
-            if node not in nodes:
-                nodes.add(node)
-                waiting.append(node)
+    for node in nodes_of(starts, nodes):
+        edges.update(
+            (following, number) for following, number in node.next_functions if following is not None
+        )
