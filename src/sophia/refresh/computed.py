@@ -90,9 +90,7 @@ class Computed:
         """The gradient in each of the logits, where each is made of its own part; None if not, or if the loss
         uses the outputs in another way as well.
         """
-        arrived = [
-            torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves, self.arrived, strict=True)
-        ]
+        arrived = self._filled(self.arrived)
         if not self._determined:
             return None
         ones = [torch.ones_like(z) for z in self.logits]
@@ -111,9 +109,7 @@ class Computed:
         """What a mean cross-entropy of the similarities is multiplied with, its labels places in the batch;
         None if the loss is another one.
         """
-        arrived = [
-            torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves, self.arrived, strict=True)
-        ]
+        arrived = self._filled(self.arrived)
         size = sum(float(g.double().square().sum()) for g in arrived)
         for shift in (0, 0.5, None):
             guessed = [_of_places(z, head, shift) for z, head in zip(self.logits, heads, strict=True)]
@@ -130,7 +126,11 @@ class Computed:
     def _back(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """``J^T v``."""
         found = torch.autograd.grad(self.logits, self.leaves, vectors, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves, found, strict=True)]
+        return self._filled(found)
+
+    def _filled(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """One for each leaf, zero where there is none."""
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(self.leaves, gradients, strict=True)]
 
     def _forward(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """``J u``, as the derivative of ``J^T v`` in v, of which it is a linear function."""

@@ -8,13 +8,13 @@ own loss.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 
-__all__ = ["Geometry", "Through", "View", "is_view_of", "less_views", "listen"]
+__all__ = ["Geometry", "Through", "View", "is_view_of", "less_views", "listen", "viewed"]
 
 
 class Geometry:
@@ -81,6 +81,11 @@ def is_view_of(view: Tensor, other: Tensor) -> bool:
         step > 0 or size == 1 for t in (view, other) for size, step in zip(t.shape, t.stride(), strict=True)
     )
     return same and dense
+
+
+def viewed(view: Tensor, returned: Iterable[Tensor]) -> Tensor | None:
+    """The returned tensor of which ``view`` is made without changing a number."""
+    return next((t for t in returned if t.requires_grad and is_view_of(view, t)), None)
 
 
 def listen(view: Tensor, of: Tensor) -> View:
