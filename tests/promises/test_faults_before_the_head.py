@@ -7,6 +7,7 @@ import torch
 from curvature_cases import cross_entropy, said, sentences
 from test_faults_fused_losses import Fused, Tied, fused
 from torch import nn
+from torch.nn import functional as F
 from twins import Around, Net, check_twins, logits, mean, trained
 
 from sophia import Sophia
@@ -113,3 +114,43 @@ def test_a_loss_whose_states_are_not_found_is_no_step_without_a_label():
     model(*sentences()).backward()
     with pytest.raises(RuntimeError, match="where the predictions are made could not be found"):
         opt.step()
+
+
+class Dropped(Net):
+    """Another function at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def hidden(self, ids):
+        return torch.tanh(self.drop(self.tokens(ids)).cumsum(1))
+
+
+def test_dropout_before_a_loss_outside():
+    """The forward that is looked at once more has the dropout that the gradient came through."""
+    ids, targets = sentences()
+    torch.manual_seed(0)
+    model = Around(Dropped(), lambda net, ids: net.hidden(ids))
+    _, words, stats = trained(
+        model, lambda m: cross_entropy(F.linear(m(ids), m.net.head.weight, m.net.head.bias), targets), steps=4
+    )
+    assert words == []
+    assert (stats["B"], stats["refreshes"]) == (13, 4)
+
+
+def test_many_losses_are_returned():
+    """One fused loss a row, each of them in the loss that is trained."""
+
+    def inside(net, ids, targets):
+        pairs = zip(net.hidden(ids).split(1), targets.split(1), strict=True)
+        return [Fused.apply(x, net.head.weight, net.head.bias, y, lambda z: z, 0.0).mean() for x, y in pairs]
+
+    ids, targets = sentences((6,) * 8)
+    torch.manual_seed(0)
+    found, words, stats = trained(Around(Net(), inside), lambda m: sum(m(ids, targets)) / 8, steps=1)
+    torch.manual_seed(0)
+    expected, _, _ = trained(Around(Net(), logits), lambda m: mean(m(ids), targets), steps=1)
+    assert (words, stats["B"]) == ([], 48)
+    for name, h in expected.items():
+        torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)

@@ -69,6 +69,19 @@ ALONE = {
 }
 
 
+def many_chunks(net, ids, targets):
+    pairs = zip(net.hidden(ids).flatten(0, 1).split(1), targets.flatten().split(1), strict=True)
+    return sum(cross_entropy(net.head(x), y, reduction="sum") for x, y in pairs) / targets.numel()
+
+
+def test_a_loss_of_many_chunks():
+    """One chunk a token: all of them count."""
+    ids, targets = sentences((6,) * 16)
+    torch.manual_seed(0)
+    _, words, stats = trained(Around(Net(), many_chunks), lambda m: m(ids, targets))
+    assert (words, stats["B"]) == ([], 96)
+
+
 @pytest.mark.parametrize("name", [name for name in ALONE if name != "shifted"])
 def test_a_model_that_returns_its_loss_alone(name):
     check_twins(*ALONE[name])
@@ -254,10 +267,12 @@ def test_the_entropy_of_a_router_is_left_out():
 
     ids, targets = sentences()
     torch.manual_seed(0)
-    found, _, stats = trained(Around(Routed(), inside), lambda m: m(ids, targets), steps=1, lr=0.0)
+    found, words, stats = trained(Around(Routed(), inside), lambda m: m(ids, targets), steps=2, lr=0.0)
+    assert len(words) == 1
+    assert "a softmax over 3 classes" in words[0]
     torch.manual_seed(0)
     twin = Around(Routed(), lambda net, ids: net.routed(ids)[0])
-    expected, _, of_twin = trained(twin, lambda m: mean(m(ids), targets), steps=1, lr=0.0)
+    expected, _, of_twin = trained(twin, lambda m: mean(m(ids), targets), steps=2, lr=0.0)
     assert stats["B"] == of_twin["B"]
     for name, h in expected.items():
         torch.testing.assert_close(found[name], h, rtol=1e-3, atol=1e-6)

@@ -99,13 +99,8 @@ class OfHidden:
         part.mask = mask if part.mask is None else part.mask | mask
         if not bool(counted.any()):
             return
-        share = nearest_layer([layer], flat, g)[1].share(digits(g))
-        if share >= ENOUGH:
-            rows = counted.nonzero().squeeze(1)
-            _read(part, layer, flat, g, rows, rows_to_read(len(rows), self._sample))
-        else:
-            part.take(Reading(None, _CHANGED, share))
-            part.problems.append(_CHANGED)
+        rows = counted.nonzero().squeeze(1)
+        _read(part, layer, flat, g, rows, rows_to_read(len(rows), self._sample))
 
 
 def _read(
@@ -122,9 +117,10 @@ def _read(
     dtype = digits(gradient)
     some = rows if chosen is None else rows[chosen.to(rows.device)]
     fit = _fit(layer, hidden[some], gradient[some])
-    good = fit.good(dtype)
-    if not bool(good.any()):
-        part.take(Reading(None))
+    good, share = fit.good(dtype), fit.share(dtype)
+    if share < ENOUGH:
+        part.take(Reading(None, _CHANGED, share))
+        part.problems.append(_CHANGED)
         return
     middle = fit.weights[good].median()
     weights = torch.where(good, fit.weights, middle)
@@ -142,7 +138,7 @@ def _read(
     if problem is not None:
         part.problems.append(problem)
     negative = bool((weights < 0).any())
-    part.take(Reading(None if negative else every.view(part.prediction_shape), problem, fit.share(dtype)))
+    part.take(Reading(None if negative else every.view(part.prediction_shape), problem, share))
 
 
 def _problem(

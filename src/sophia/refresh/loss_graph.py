@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable, without its imports
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from sophia.curvature.graph_nodes import nodes_of
 from sophia.likelihoods import Bernoulli, Categorical, Distillation, Gaussian, Head
 from sophia.refresh.eager import eager
 from sophia.refresh.model_outputs import tensors_in
@@ -43,7 +44,6 @@ _NODES = (
 _LOSSES = ("NllLoss", "BinaryCrossEntropyWithLogits", "MseLoss")
 _OTHERS = ("MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy")
 _NEAR = 4  # nodes between a loss for each prediction and what is returned of it
-_MOST = 64  # predictions in so many chunks
 _FAR = 16  # nodes between a loss and the flattening of its logits
 
 
@@ -116,43 +116,32 @@ def found_inside(tensors: Iterable[Tensor], head: Head) -> list[Inside]:
     """The predictions that returned tensors were made of by a loss of the likelihood, in the order of the
     graph; none where the graph does not show it: a compiled one, or a function of the user's.
     """
-    kind = next(((name, kept) for of, name, kept in _NODES if isinstance(head.likelihood, of)), None)
-    if kind is None or isinstance(head.likelihood, Distillation):
+    name, kept = _node_of(head)
+    if not name or isinstance(head.likelihood, Distillation):
         return []  # a teacher's loss has two softmaxes of one prediction
-    name, kept = kind
     found: list[Inside] = []
-    for node in _nodes(tensors, but_through=name):
-        if node.name() == name and node.next_functions[0][0] is not None and len(found) < _MOST:
+    for node in nodes_of((t.grad_fn for t in tensors), end=name):
+        if node.name() == name and node.next_functions[0][0] is not None:
             found.append(_inside(node, kept, head.likelihood.event_dims))
     return found
 
 
-def _nodes(tensors: Iterable[Tensor], but_through: str = "") -> Iterator[Any]:
-    """All nodes of a graph, the latest first, but what a node of that name is made of: that is no loss."""
-    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        if node.name() == but_through:
-            continue
-        for following, _ in reversed(node.next_functions):
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
+def _node_of(head: Head) -> tuple[str, str]:
+    """The name of the node of a head's loss, and where that keeps the outputs; empty if there is none."""
+    return next(((name, kept) for of, name, kept in _NODES if isinstance(head.likelihood, of)), ("", ""))
 
 
 def other_losses(tensors: Iterable[Tensor], head: Head) -> list[str]:
     """Names of losses of another kind that returned tensors were made of, beside that of the head."""
-    mine = next((name for of, name, _ in _NODES if isinstance(head.likelihood, of)), "")
-    names = {node.name() for node in _nodes(tensors, but_through=mine)}
+    mine, _ = _node_of(head)
+    names = {node.name() for node in nodes_of((t.grad_fn for t in tensors), end=mine)}
     found = (name.removesuffix("Backward0") for name in sorted(names) if name != mine)
     return [name for name in found if name.startswith(_OTHERS)]
 
 
 def is_compiled(tensors: Iterable[Tensor]) -> bool:
     """Whether a compiled graph is anywhere in that of these tensors."""
-    return any(node.name().startswith("CompiledFunction") for node in _nodes(tensors))
+    return any(node.name().startswith("CompiledFunction") for node in nodes_of(t.grad_fn for t in tensors))
 
 
 def _inside(node: Any, kept: str, event_dims: int) -> Inside:

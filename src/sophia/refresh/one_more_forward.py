@@ -23,8 +23,9 @@ from sophia.likelihoods.lines import digits
 from sophia.refresh.eager import eager
 from sophia.refresh.hidden_reading import ENOUGH, OfHidden, nearest_layer, output_of
 from sophia.refresh.listeners import OfOutput
-from sophia.refresh.loss_graph import Inside, LossGraph, found_inside
+from sophia.refresh.loss_graph import Inside, LossGraph, found_inside, other_losses
 from sophia.refresh.moved_state import same_state
+from sophia.refresh.noise import Noise, cuda_devices
 from sophia.refresh.output_layer import BeforeTheHead, Form, HiddenStates, OutputLayer, output_layers
 from sophia.refresh.places import at
 from sophia.refresh.recorder import Recorder
@@ -34,7 +35,6 @@ from sophia.refresh.sampled_reading import take_probes
 
 __all__ = ["Empty", "Finding", "came_by_loss_alone", "made_of", "nothing_counts"]
 
-_RETURNED = 4  # tensors with a gradient that are looked at: of the states of all layers the last ones
 _THROUGH = 0.05  # of a gradient, that may be missing where all of it came through others
 
 
@@ -103,9 +103,13 @@ class Finding:
         recorder, recording = self._recorder, self._recording
         model, head, states = recorder.model, recorder.heads[0], HiddenStates()
         same = same_state(model, moving=recorder.witnesses.moving)
+        witness, noise = recording.conditions.witness, Noise(cuda_devices(model.parameters()))
         with recording.autocast.again(), eager(), states.noted(model), same, torch.enable_grad():
             recording.conditions.begin_again(model)
+            if witness is not None:  # the dropout that the gradients have been through
+                witness.noise.restore()
             output = model(*detached(recording.args), **detached(dict(recording.kwargs)))
+        noise.restore()  # that of the refresh
         returned = [(at(output, place), gradient) for place, gradient in arrived.items()]
         pairs = [
             (t, torch.zeros_like(t) if g is None else g)
@@ -119,6 +123,7 @@ class Finding:
             if inside:
                 gradients = self._gradients_in([each.edge for each in inside], pairs)
                 self._read_inside(inside, gradients)
+                recording.other_losses = other_losses([t for t, _ in pairs], head)
                 found = True
             else:
                 found = head.likelihood.event_dims == 1 and self._read_hidden(states, pairs)
@@ -138,7 +143,7 @@ class Finding:
         if not wanted:
             return []
         latest_first = sorted(pairs, key=lambda pair: -pair[0].grad_fn._sequence_nr())  # type: ignore[union-attr]
-        (first, gradient), *others = latest_first[:_RETURNED]
+        (first, gradient), *others = latest_first
         found: list[Tensor | None] = [None] * len(wanted)
         while True:
             inner = [*wanted, *(get_gradient_edge(t) for t, _ in others)]

@@ -113,9 +113,8 @@ def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
     """Layers that may make logits of hidden states of that width, the most likely one first."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        named = getattr(module, "get_output_embeddings", None)
-        layer = named() if callable(named) else None
-        if isinstance(layer, nn.Module) and _fits(layer, width):
+        layer = _named_by(module)
+        if layer is not None and _fits(layer, width):
             found.setdefault(id(layer.weight), (_written(name, "get_output_embeddings()"), layer))
     adapted = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     modules = [
@@ -136,12 +135,18 @@ def output_layers(model: nn.Module, width: int) -> list[OutputLayer]:
     ]
 
 
+def _named_by(module: nn.Module) -> nn.Module | None:
+    """The output layer that a module says to have."""
+    named = getattr(module, "get_output_embeddings", None)
+    layer = named() if callable(named) else None
+    return layer if isinstance(layer, nn.Module) else None
+
+
 def may_be_found_later(model: nn.Module, output: Any) -> bool:
     """Whether an output without logits may have come of an output layer: a loss was made of it inside the
     model, or the model says that it has such a layer.
     """
-    named = (getattr(module, "get_output_embeddings", None) for module in model.modules())
-    if any(callable(layer) and isinstance(layer(), nn.Module) for layer in named):
+    if any(_named_by(module) is not None for module in model.modules()):
         return True
     return any(t.ndim == 0 and t.is_floating_point() and t.requires_grad for t in tensors_in(fields(output)))
 

@@ -14,7 +14,7 @@ hooks that do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from sophia.refresh.places import at, fields, places_in
 from sophia.refresh.recording import Autocast, Outputs, Recording, trained
 from sophia.refresh.sampled_reading import take_probes
 from sophia.refresh.sandbox import in_sandbox
-from sophia.refresh.views import Through, is_view_of
+from sophia.refresh.views import Through, viewed
 
 __all__ = ["Autocast", "Outputs", "Recorder", "Recording", "may_be_trained"]
 
@@ -221,7 +221,10 @@ class Recorder:
 
     def _listen(self, recording: Recording, output: Any, hidden: Tensor | None) -> None:
         if self._keeps_to_itself(output):
-            if self.layer is not None and hidden is not None:
+            states = find_logits(output)
+            if states is not None and states.shape[-1:] == (self.hidden_width,):
+                hidden = states
+            if self.layer is not None and hidden is not None and hidden.ndim == self.layer.form[1]:
                 self._listen_before(recording, self.layer, hidden)
             else:
                 self._listen_inside(recording, output)
@@ -239,7 +242,7 @@ class Recorder:
                 part.state(mask)
             return
         bases = [
-            None if p.returned else _viewed(t, returned.values())
+            None if p.returned else viewed(t, returned.values())
             for p, t in zip(recording.outputs, found, strict=True)
         ]
         computes = any(not p.returned and b is None for p, b in zip(recording.outputs, bases, strict=True))
@@ -329,11 +332,6 @@ class Recorder:
     def find_outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs that the likelihood speaks of, one for each head; RuntimeError if one is not there."""
         return self.asked.find(output)
-
-
-def _viewed(view: Tensor, returned: Iterable[Tensor]) -> Tensor | None:
-    """The returned tensor of which ``view`` is made without changing a number."""
-    return next((t for t in returned if t.requires_grad and is_view_of(view, t)), None)
 
 
 def _copied(value: Any) -> Any:

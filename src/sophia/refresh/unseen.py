@@ -38,10 +38,15 @@ def find_unseen(recorder: Recorder, recordings: Sequence[Recording], ranks: Rank
         RuntimeError: on all ranks, if on one there are predictions that are not to be found.
     """
     for recording in recordings:
-        _leave_out_what_is_no_loss(recording)
-        if recording.other_losses and "other losses" not in recorder.guessed:
-            recorder.guessed.add("other losses")
-            warnings.warn(_beside(recorder, recording.other_losses), SophiaWarning)
+        _leave_out_what_is_no_loss(recorder, recording)
+    _look_once_more(recorder, recordings, ranks)
+    for recording in recordings:  # those that came of that, too
+        _leave_out_what_is_no_loss(recorder, recording)
+        if recording.other_losses:
+            _say_once(recorder, "other losses", _beside(recorder, recording.other_losses))
+
+
+def _look_once_more(recorder: Recorder, recordings: Sequence[Recording], ranks: Ranks) -> None:
     wanted = ranks.together(lambda: [_is_wanted(recorder, recording) for recording in recordings])
     if ranks.lockstep:
         wanted = ranks.any_of(*wanted)
@@ -67,17 +72,36 @@ def find_unseen(recorder: Recorder, recordings: Sequence[Recording], ranks: Rank
     _take_over(recorder, empty, ranks)
 
 
-def _leave_out_what_is_no_loss(recording: Recording) -> None:
+def _leave_out_what_is_no_loss(recorder: Recorder, recording: Recording) -> None:
     """Keep of several softmaxes in a loss those whose weights could be read, if any: the others are of a
-    penalty (a router's entropy) or of a number that is only looked at.
+    penalty (a router's entropy), of which is spoken, or of a number that is only looked at.
     """
     source, parts = recording.source, recording.outputs
     if not isinstance(source, LossGraph) or source.kept is not None or len(parts) < 2:
         return
     kept = [i for i, p in enumerate(parts) if p.mask is not None and p.weights is not None and not p.unread]
     if kept and len(kept) < len(parts) and len({parts[i].shape[-1] for i in kept}) == 1:
+        left = [p for i, p in enumerate(parts) if i not in kept and p.mask is not None and bool(p.mask.any())]
+        if left:
+            _say_once(recorder, "softmax", _left_out(recorder, left[0]))
         recording.outputs = tuple(parts[i] for i in kept)
         recording.source = LossGraph(source.head, tuple(kept))
+
+
+def _say_once(recorder: Recorder, key: str, message: str) -> None:
+    if key not in recorder.guessed:
+        recorder.guessed.add(key)
+        warnings.warn(message, SophiaWarning)
+
+
+def _left_out(recorder: Recorder, part: Outputs) -> str:
+    because = f" ({part.problems[0].cause})" if part.problems else ""
+    return (
+        f"the loss of {type(recorder.model).__name__} has a softmax over {part.shape[-1]} classes, of shape "
+        f"{tuple(part.shape)}, whose gradient is not that of a weighted cross-entropy{because}: h is without "
+        "it. That is meant for a penalty (a router's entropy); if it is a loss of predictions, return the "
+        "outputs and say what each is, likelihood=Heads({...}), or use estimator='hutchinson' for all of it"
+    )
 
 
 def _beside(recorder: Recorder, names: Sequence[str]) -> str:
