@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 
 from sophia.lab.config import run as config
-from sophia.lab.config.field_types import AtLeastZero, Count, Device, Seed
+from sophia.lab.config.field_types import AtLeastZero, Count, Device, Precision, Seed
 from sophia.lab.config.protocol_parts import Entry, Evaluation, Schedule, Search
 from sophia.lab.config.run import Data, Model, Run, Setting
 from sophia.lab.config.search_space import WARMUP, Space
 from sophia.lab.optimizers.contender import Contender
 from sophia.lab.optimizers.table import find
-from sophia.lab.support.dataclass_json import canonical, checked_dataclass, to_json
+from sophia.lab.support.dataclass_json import LATER, canonical, checked_dataclass, to_json
 from sophia.lab.support.errors import UsageError
 from sophia.lab.support.files import checked_name
 
@@ -64,6 +64,8 @@ class Protocol:
     """The contender that the others are measured against."""
     target: float | None = None
     """A held-out loss in nats; steps to reach it are reported if it is given."""
+    precision: Precision = field(default="float32", metadata=LATER)
+    """Of forwards and backwards; weights and optimizer state are in float32."""
     stopping: str = STOPPING
     """When the comparison ends. "all runs" is the only rule: a verdict from a look in between would need
     other intervals.
@@ -175,6 +177,7 @@ class Protocol:
             log_every=self.log_every,
             device=device,
             threads=self.threads,
+            precision=self.precision,
         )
 
     def trial(self, label: str, point: Mapping[str, Setting], *, data: Data, device: Device = "cpu") -> Run:

@@ -1,0 +1,254 @@
+"""Orthogonalised momentum, whitened by statistics to choose from: the study's candidates, and their controls.
+
+    D = L^-p polar(L^-p u R^-p) R^-p,   W <- W (1 - lr wd) - 0.2 lr D / rms(D)
+
+u is the look-ahead momentum of a hidden matrix W (a, b). L (a, a) and R (b, b) are second moments of rows and
+of columns, relative to their mean eigenvalue, plus a damping. ``statistics`` says of what:
+
+    none             L = R = 1: Muon, with the size of its step exact
+    momentum         diagonals of u u' and u' u, of this step alone; no state
+    gradients        mean of g g' and g' g over steps: Shampoo's factors; no hooks, no labels
+    training-labels  the layer's inputs and the gradients of its outputs under the labels of the text
+    sampled-labels   the same under labels drawn from the model: the Kronecker factors of Gauss-Newton (K-FAC)
+
+With ``outputs`` each output's part of D is divided by its root mean square over steps (NorMuon, arXiv
+2510.05491). "sampled-labels" is curvature, "training-labels" its control: the same pass and cost but for the
+draw. Embeddings, head and vectors are trained by AdamW with a rate of their own, as beside Muon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from passes import Passes
+from rotated_adam import RotatedAdam
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sophia.lab.optimizers import adamw
+from sophia.lab.optimizers.contender import matrices_decayed
+from sophia.lab.optimizers.pair import Pair
+from sophia.step.hidden_matrices import hidden_matrices
+from sophia.step.polar import polar_of
+from sophia.update_rule import look_ahead, rms
+
+__all__ = ["STATISTICS", "HiddenMatrices", "WhitenedPolar", "inverse_power"]
+
+STATISTICS = ("none", "momentum", "gradients", "training-labels", "sampled-labels")
+
+
+class WhitenedPolar(Pair):
+    """Both parts as the lab takes them: the model, and settings by name."""
+
+    sophia_defaults: Mapping[str, Any] = {
+        "lr": 0.03,
+        "rest_lr": 0.025,
+        "statistics": "gradients",
+        "momentum": 0.9,
+        "inside": 0.25,
+        "outside": 0.25,
+        "damping": 1e-4,
+        "average": 0.9,
+        "every": 5,
+        "sides": "both",
+        "polar": True,
+        "outputs": 0.0,
+        "rest": "adamw",
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+    }
+
+    def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
+        beta1, beta2, rest = s.pop("beta1"), s.pop("beta2"), s.pop("rest")
+        super().__init__(
+            HiddenMatrices(model, lr=lr, seed=seed, **s), _rest(model, rest_lr, beta1, beta2, rest, s)
+        )
+
+
+def _rest(
+    model: nn.Module, lr: float, beta1: float, beta2: float, kind: str, s: Mapping[str, Any]
+) -> Optimizer:
+    hidden = hidden_matrices(model)
+    inner = {name for name, p in model.named_parameters() if id(p) in hidden}
+    decay = {"weight_decay": s["weight_decay"]}
+    if kind == "adamw":
+        settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": 1e-8, **decay}
+        return adamw.build(model, settings, 0, only=lambda name: name not in inner)
+    if kind != "rotated":
+        raise ValueError(f"rest is {kind!r}: write adamw or rotated")
+    groups = matrices_decayed(model, decay, only=lambda name: name not in inner)
+    return RotatedAdam(
+        groups, lr=lr, betas=(beta1, beta2), average=s["average"], every=s["every"], sides="short"
+    )
+
+
+class HiddenMatrices(Optimizer):
+    """The formula above, for the hidden matrices of a model.
+
+    Args:
+        model: whose hidden matrices are trained.
+        lr: five times the root mean square of a step.
+        seed: of the labels, where they are drawn.
+        statistics: one of `STATISTICS`.
+        momentum: decay of the momentum, a step.
+        inside: p within the polar factor.
+        outside: p around it.
+        damping: added to the eigenvalues, in units of their mean.
+        average: decay of L and R, a step.
+        every: steps between two decompositions of L and R.
+        sides: "both", or "short": only the side of the matrix that is not the longer one.
+        polar: False leaves the polar factor out: Shampoo's step.
+        outputs: decay of the mean squares of outputs, a step; 0 for none.
+        weight_decay: decoupled, times lr.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        seed: int,
+        statistics: str,
+        momentum: float,
+        inside: float,
+        outside: float,
+        damping: float,
+        average: float,
+        every: int,
+        sides: str,
+        polar: bool,
+        outputs: float,
+        weight_decay: float,
+    ) -> None:
+        if statistics not in STATISTICS or sides not in ("both", "short"):
+            raise ValueError(
+                f"statistics {statistics!r} and sides {sides!r}: one of {STATISTICS}, both or short"
+            )
+        hidden = hidden_matrices(model)
+        named = dict(model.named_parameters())
+        matrices = [p for p in named.values() if id(p) in hidden]
+        self.passes = Passes(model, matrices, seed, drawn=statistics == "sampled-labels")
+        self.by_passes = statistics.endswith("labels")
+        if self.by_passes:
+            self.passes.watch()
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            inside=inside,
+            outside=outside,
+            damping=damping,
+            average=average,
+            every=every,
+        )
+        super().__init__(
+            matrices_decayed(
+                model, {"weight_decay": weight_decay}, only=lambda name: id(named[name]) in hidden
+            ),
+            {**defaults, "statistics": statistics, "sides": sides, "polar": polar, "outputs": outputs},
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One step from the gradients that stand."""
+        for group in self.param_groups:
+            seen = self.passes.moments(self._steps(group)) if self.by_passes else {}
+            for w in group["params"]:
+                if w.grad is not None:
+                    self._move(w, w.grad, group, seen.get(id(w)))
+
+    def _steps(self, group: Mapping[str, Any]) -> int:
+        return max((int(self.state[p].get("step", 0)) for p in group["params"]), default=0)
+
+    def _move(
+        self, w: Tensor, g: Tensor, group: Mapping[str, Any], seen: tuple[Tensor, Tensor] | None
+    ) -> None:
+        state = self.state[w]
+        if not state:
+            state["step"], state["exp_avg"] = 0, torch.zeros_like(w)
+        state["step"] += 1
+        m = state["exp_avg"].lerp_(g, 1 - group["momentum"])
+        u = look_ahead(m, g, beta1=group["momentum"])
+        left, right = self._whitening(u, g, state, group, seen)
+        d = right(left(u, group["inside"]), group["inside"])
+        d = polar_of(d) if group["polar"] else d
+        d = right(left(d, group["outside"]), group["outside"]) if group["polar"] else d
+        if group["outputs"]:
+            mean = d.square().mean(self.passes.inputs_along(w), keepdim=True)
+            square = state.setdefault("outputs", torch.zeros_like(mean)).lerp_(mean, 1 - group["outputs"])
+            d = d / (square / (1 - group["outputs"] ** state["step"])).sqrt().clamp(min=1e-30)
+        w.mul_(1 - group["lr"] * group["weight_decay"])
+        w.sub_(d / rms(d).clamp(min=1e-30), alpha=0.2 * group["lr"])
+
+    def _whitening(
+        self,
+        u: Tensor,
+        g: Tensor,
+        state: dict[str, Any],
+        group: Mapping[str, Any],
+        seen: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]:
+        """What whitens from the left, and from the right: (matrix, power) -> matrix."""
+        kind, short = group["statistics"], group["sides"] == "short"
+        left, right = not short or _not_longer(u, 0), not short or _not_longer(u, 1)
+        if kind == "none":
+            return _nothing, _nothing
+        if kind == "momentum":
+            rows, columns = u.square().mean(1, keepdim=True), u.square().mean(0, keepdim=True)
+            return _scaling(rows, group["damping"], left), _scaling(columns, group["damping"], right)
+        new = {"left": seen[0], "right": seen[1]} if seen is not None else {}
+        if kind == "gradients":
+            new = {"left": g @ g.T, "right": g.T @ g}
+        for side, wanted in (("left", left), ("right", right)):
+            if wanted and side in new:
+                kept = state.setdefault(side, torch.zeros_like(new[side]))
+                kept.lerp_(new[side], 1 - group["average"])
+        renewed = (state["step"] - 1) % group["every"] == 0
+        return (
+            self._rotated(state, group, "left", renewed) if left else _nothing,
+            self._rotated(state, group, "right", renewed) if right else _nothing,
+        )
+
+    def _rotated(
+        self, state: dict[str, Any], group: Mapping[str, Any], side: str, renewed: bool
+    ) -> Callable[[Tensor, float], Tensor]:
+        for power in {group["inside"], group["outside"]}:
+            name = f"{side} to {power}"
+            if renewed or name not in state:
+                state[name] = inverse_power(state[side], power, group["damping"])
+        if side == "left":
+            return lambda x, power: state[f"left to {power}"] @ x
+        return lambda x, power: x @ state[f"right to {power}"]
+
+
+def inverse_power(moment: Tensor, power: float, damping: float) -> Tensor:
+    """``(M / its mean eigenvalue + damping)^-power`` of a symmetric matrix, by its decomposition.
+
+    >>> import torch
+    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), 0.5, 0.0)
+    tensor([[0.7071, 0.0000, 0.0000],
+            [0.0000, 1.4142, 0.0000],
+            [0.0000, 0.0000, 1.4142]])
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp(min=0)
+    relative = values / values.mean().clamp(min=1e-300) + max(damping, 1e-12)
+    return ((vectors * relative.pow(-power)) @ vectors.T).to(moment.dtype)
+
+
+def _not_longer(x: Tensor, side: int) -> bool:
+    """Whether this side of a matrix is not the longer one."""
+    return x.size(side) == min(x.shape)
+
+
+def _nothing(x: Tensor, power: float) -> Tensor:
+    return x
+
+
+def _scaling(mean: Tensor, damping: float, wanted: bool) -> Callable[[Tensor, float], Tensor]:
+    if not wanted:
+        return _nothing
+    relative = mean / mean.mean().clamp(min=1e-30) + max(damping, 1e-12)
+    return lambda x, power: x * relative.pow(-power)
