@@ -85,8 +85,12 @@ def test_mean_is_the_diagonal_of_the_hessian_of_a_model():
     )
     exact = torch.cat([by_name[name].flatten() for name, _ in model.named_parameters()])
     assert (exact < 0).any()
-    found = mean_estimate(model, (x, y), "hutchinson", 4000)
-    assert float((found - exact).norm() / exact.norm()) < 0.05
+    # The error of 8 means of 500 probes is told by their own spread, whatever bernoulli_ of this torch draws:
+    # in the norm it is the standard error on average, and 2.5 times it as good as never.
+    means = torch.stack([mean_estimate(model, (x, y), "hutchinson", 500, seed=seed) for seed in range(8)])
+    error, standard = (means.mean(0) - exact).norm(), (means.std(0) / 8**0.5).norm()
+    assert float(standard / exact.norm()) < 0.08  # or it would see nothing
+    assert float(error / standard) < 2.5
 
 
 def test_micro_batches_are_weighted_by_what_they_count():

@@ -38,8 +38,10 @@ def gpt2(config: Model, *, seed: int) -> nn.Module:
 
 
 def _gpt2(config: Model) -> Any:
-    # transformers takes 2 s to import, which asking for help should not cost.
-    from transformers import GPT2Config, GPT2LMHeadModel
+    # transformers takes 2 s to import, which asking for help should not cost; and makes tensors while it is
+    # imported, which must not be of the device "meta" where a model is built on that.
+    with torch.device("cpu"):
+        from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
         GPT2Config(
@@ -61,7 +63,8 @@ def _gpt2(config: Model) -> Any:
 
 
 def _neox(config: Model) -> Any:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    with torch.device("cpu"):
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
