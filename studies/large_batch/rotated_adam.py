@@ -6,7 +6,9 @@
     D = Q_L [ (Q_L' M Q_R) / (sqrt(V) + eps) ] Q_R'
 
 M and V are corrected for their start at zero. With one side the other rotation is left out, which is what a
-token table can pay for: its short side is the width. Source: Vyas et al., SOAP, arXiv 2409.11321, Alg. 3.
+token table can pay for: its short side is the width. ``factored`` keeps of V its row and column means
+alone, V_ij = rows_i columns_j / mean: a + b numbers in place of a b (Shazeer and Stern, arXiv 1804.04235).
+Source of the rotation: Vyas et al., SOAP, arXiv 2409.11321, Algorithm 3.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class RotatedAdam(Optimizer):
         average: decay of L and R.
         every: steps between two decompositions.
         sides: "both", or "short": the side that is not the longer one.
+        factored: keep row and column means of V alone.
         polar: take the polar factor of D, of rms 0.2.
         eps: Adam's.
     """
@@ -51,13 +54,14 @@ class RotatedAdam(Optimizer):
         average: float,
         every: int,
         sides: str,
+        factored: bool = False,
         polar: bool = False,
         eps: float = 1e-8,
     ) -> None:
         if sides not in ("both", "short"):
             raise ValueError(f"sides is {sides!r}: write both or short")
         settings = dict(lr=lr, betas=betas, average=average, every=every, sides=sides, polar=polar, eps=eps)
-        super().__init__(params, {**settings, "weight_decay": 0.0})
+        super().__init__(params, {**settings, "factored": factored, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -74,15 +78,28 @@ class RotatedAdam(Optimizer):
     def _direction(self, w: Tensor, g: Tensor, group: Mapping[str, Any]) -> Tensor:
         state, (beta1, beta2) = self.state[w], group["betas"]
         if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+            state |= {"step": 0, "exp_avg": torch.zeros_like(w)}
         state["step"] += 1
         left, right = self._bases(g, state, group) if w.ndim == 2 else (None, None)
         m = state["exp_avg"].lerp_(g, 1 - beta1)
         turned = _turned(g, left, right)
-        v = state["exp_avg_sq"].lerp_(turned.square(), 1 - beta2)
+        v = self._second_moment(turned.square(), state, group["factored"] and w.ndim == 2, 1 - beta2)
         size = (v / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
         d = _turned(m / (1 - beta1 ** state["step"]), left, right) / size
         return _turned(d, None if left is None else left.T, None if right is None else right.T)
+
+    @staticmethod
+    def _second_moment(square: Tensor, state: dict[str, Any], factored: bool, part: float) -> Tensor:
+        if not factored:
+            return state.setdefault("exp_avg_sq", torch.zeros_like(square)).lerp_(square, part)
+        rows, columns = (
+            state.setdefault(name, torch.zeros_like(mean)).lerp_(mean, part)
+            for name, mean in (
+                ("rows", square.mean(1, keepdim=True)),
+                ("columns", square.mean(0, keepdim=True)),
+            )
+        )
+        return rows * columns / rows.mean().clamp(min=1e-30)
 
     def _bases(
         self, g: Tensor, state: dict[str, Any], group: Mapping[str, Any]

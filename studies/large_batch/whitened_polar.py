@@ -36,6 +36,7 @@ from sophia.update_rule import look_ahead, rms
 
 __all__ = ["STATISTICS", "HiddenMatrices", "WhitenedPolar", "inverse_power"]
 
+SIDES = ("both", "short", "mixed")
 STATISTICS = ("none", "momentum", "gradients", "training-labels", "sampled-labels")
 
 
@@ -77,11 +78,17 @@ def _rest(
     if kind == "adamw":
         settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": 1e-8, **decay}
         return adamw.build(model, settings, 0, only=lambda name: name not in inner)
-    if kind != "rotated":
-        raise ValueError(f"rest is {kind!r}: write adamw or rotated")
+    if kind not in ("rotated", "factored"):
+        raise ValueError(f"rest is {kind!r}: write adamw, rotated or factored")
     groups = matrices_decayed(model, decay, only=lambda name: name not in inner)
     return RotatedAdam(
-        groups, lr=lr, betas=(beta1, beta2), average=s["average"], every=s["every"], sides="short"
+        groups,
+        lr=lr,
+        betas=(beta1, beta2),
+        average=s["average"],
+        every=s["every"],
+        sides="short",
+        factored=kind == "factored",
     )
 
 
@@ -99,7 +106,8 @@ class HiddenMatrices(Optimizer):
         damping: added to the eigenvalues, in units of their mean.
         average: decay of L and R, a step.
         every: steps between two decompositions of L and R.
-        sides: "both", or "short": only the side of the matrix that is not the longer one.
+        sides: "both"; "short": only the side of the matrix that is not the longer one; or "mixed": beside it
+            the diagonal of u' u, of this step, for the longer one.
         polar: False leaves the polar factor out: Shampoo's step.
         outputs: decay of the mean squares of outputs, a step; 0 for none.
         weight_decay: decoupled, times lr.
@@ -191,13 +199,13 @@ class HiddenMatrices(Optimizer):
         seen: tuple[Tensor, Tensor] | None,
     ) -> tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]:
         """What whitens from the left, and from the right: (matrix, power) -> matrix."""
-        kind, short = group["statistics"], group["sides"] == "short"
-        left, right = not short or _not_longer(u, 0), not short or _not_longer(u, 1)
+        kind = group["statistics"]
+        left, right = (group["sides"] == "both" or _not_longer(u, side) for side in (0, 1))
         if kind == "none":
             return _nothing, _nothing
+        rows, columns = (_scaling(u.square().mean(d, keepdim=True), group["damping"]) for d in (1, 0))
         if kind == "momentum":
-            rows, columns = u.square().mean(1, keepdim=True), u.square().mean(0, keepdim=True)
-            return _scaling(rows, group["damping"], left), _scaling(columns, group["damping"], right)
+            return rows if left else _nothing, columns if right else _nothing
         new = {"left": seen[0], "right": seen[1]} if seen is not None else {}
         if kind == "gradients":
             new = {"left": g @ g.T, "right": g.T @ g}
@@ -206,9 +214,11 @@ class HiddenMatrices(Optimizer):
                 kept = state.setdefault(side, torch.zeros_like(new[side]))
                 kept.lerp_(new[side], 1 - group["average"])
         renewed = (state["step"] - 1) % group["every"] == 0
+        if group["sides"] != "mixed":
+            rows = columns = _nothing
         return (
-            self._rotated(state, group, "left", renewed) if left else _nothing,
-            self._rotated(state, group, "right", renewed) if right else _nothing,
+            self._rotated(state, group, "left", renewed) if left else rows,
+            self._rotated(state, group, "right", renewed) if right else columns,
         )
 
     def _rotated(
@@ -247,8 +257,6 @@ def _nothing(x: Tensor, power: float) -> Tensor:
     return x
 
 
-def _scaling(mean: Tensor, damping: float, wanted: bool) -> Callable[[Tensor, float], Tensor]:
-    if not wanted:
-        return _nothing
+def _scaling(mean: Tensor, damping: float) -> Callable[[Tensor, float], Tensor]:
     relative = mean / mean.mean().clamp(min=1e-30) + max(damping, 1e-12)
     return lambda x, power: x * relative.pow(-power)

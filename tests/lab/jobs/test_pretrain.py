@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from needs import torch_from
 from sophia.lab.data import corpus, token_files, tokens, vocabulary
 from sophia.lab.forecast import pretraining
 from sophia.lab.protocols import recipe
-from sophia.lab.support.errors import Stopped, UsageError
+from sophia.lab.support.errors import LabError, Stopped, UsageError
 from sophia.lab.support.signals import Request
-from sophia.lab.training import checkpoint, export_model
+from sophia.lab.training import checkpoint, export_model, processes
 from sophia.lab.training.loop import train
 from sophia.lab.training.run_folder import rows
+
+SHARDS = torch_from("2.7", "fully_shard on a CPU")
 
 RECIPE = """
 name = "tiny"
@@ -89,9 +92,11 @@ def launch(place, *options, processes=1):
     ("contender", "options", "tolerance"),
     [
         ("adamw", [], 1e-5),
-        ("adamw", ["--layout", "fsdp2", "--micro-batches", "2", "--recompute"], 1e-5),
+        pytest.param(
+            "adamw", ["--layout", "fsdp2", "--micro-batches", "2", "--recompute"], 1e-5, marks=SHARDS
+        ),
         # The labels that Sophia draws are each rank's own, so h is another estimate of the same.
-        ("sophia-g", ["--layout", "fsdp2"], 1e-2),
+        pytest.param("sophia-g", ["--layout", "fsdp2"], 1e-2, marks=SHARDS),
     ],
 )
 def test_two_processes_train_what_one_trains(place, tmp_path, contender, options, tolerance):
@@ -122,7 +127,7 @@ def test_two_processes_train_what_one_trains(place, tmp_path, contender, options
     assert left == named  # older shards are gone
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp2", marks=SHARDS)])
 def test_a_run_of_several_goes_on_where_it_was(place, tmp_path, layout):
     """A lost run: shards that cannot be read again, or copies that go on from different weights."""
     out = tmp_path / "out"
@@ -142,6 +147,14 @@ def test_a_run_of_several_goes_on_where_it_was(place, tmp_path, layout):
     assert [{k: v for k, v in r.items() if "seconds" not in k} for r in rows(folder)] == logged
     starts = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
     assert [s["from_step"] for s in starts] == [0, 8]
+
+
+def test_shards_on_a_cpu_are_refused_where_torch_cannot(monkeypatch):
+    """An error deep inside torch, about a stream, in every process of a run."""
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    layout = object.__new__(processes.Shards)
+    with pytest.raises(LabError, match=r"fully_shard of torch 2.6.0.* runs on GPUs alone.*--layout ddp"):
+        layout.place(torch.nn.Linear(1, 1), torch.device("cpu"), precision="float32")
 
 
 def test_bfloat16_computes_in_it_and_keeps_weights_in_float32(place, tmp_path):
