@@ -173,8 +173,8 @@ class Shards(_Several):
     def place(self, model: nn.Module, device: torch.device, *, precision: str) -> nn.Module:
         if device.type == "cpu" and torch.__version__.startswith("2.6."):
             raise LabError(
-                f"--layout fsdp2 on a CPU: fully_shard of torch {torch.__version__} runs on GPUs alone, as its "
-                "stream of a CPU records no events. Use --layout ddp, or torch 2.7 or later."
+                f"--layout fsdp2 on a CPU: fully_shard of torch {torch.__version__} runs on GPUs alone, as "
+                "its stream of a CPU records no events. Use --layout ddp, or torch 2.7 or later."
             )
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
