@@ -501,7 +501,7 @@ def test_stats_are_numbers_with_stable_names():
     params = parameters_of_all_kinds(torch.float32)
     opt = sophia_of(params)
     names = {"unclipped", "eps_limited", "h_zero", "h_q05", "h_q50", "h_q95"}
-    names |= {"own_rule", "B", "share", "gradient_scale", "age", "refreshes", "skipped"}
+    names |= {"own_rule", "has_curvature", "B", "share", "gradient_scale", "age", "refreshes", "skipped"}
     assert set(opt.stats()) == names  # before the first step too
     train(opt, params, 5)
     stats = opt.stats()

@@ -83,6 +83,8 @@ def advice(stats: Mapping[str, float]) -> str:
     >>> advice({"refreshes": 1, "skipped": 0, "unclipped": 0.04, "eps_limited": 0.92, "h_zero": 0.92})
     'h_zero 0.92: h is exactly 0 in 92% of the coordinates, where no refresh has seen anything yet ...'
     """
+    if stats.get("has_curvature", 1.0) == 0:
+        return ""  # nothing to refresh
     if stats["refreshes"] == 0:
         return "h was never refreshed: this is sign momentum, not Sophia"
     if stats["skipped"] > stats["refreshes"]:

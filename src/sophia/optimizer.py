@@ -40,7 +40,7 @@ from sophia.step.kernels.average_curvature import average
 from sophia.step.named_groups import groups_by_name
 from sophia.step.rounding import key_of_parameter, moved
 from sophia.step.rules import PAPER, RULES
-from sophia.step.state import RMS, add_what_is_missing, check_origin, other_settings, restore_state
+from sophia.step.state import add_what_is_missing, check_origin, is_complete, other_settings, restore_state
 from sophia.step.whole_tensors import check_whole, rms_of_whole_tensors
 
 __all__ = ["Sophia"]
@@ -129,8 +129,8 @@ class Sophia(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         model: nn.Module | None = None,
         rule: str = "paper",
-        damping: float = 0.5,
-        update_every: int = 10,
+        damping: float | None = None,
+        update_every: int | None = None,
         fraction: float = 1 / 8,
         batch_dim: int | None = None,
         estimator: str | Estimator = "gnb",
@@ -154,9 +154,16 @@ class Sophia(torch.optim.Optimizer):
         check_option("mode", mode, ("replay", "manual"))
         check_option("rule", rule, tuple(RULES))
         by = RULES[rule]
-        named = {"betas": betas, "eps": eps, "gamma": gamma}
+        named = {"betas": betas, "eps": eps, "gamma": gamma, "damping": damping, "update_every": update_every}
+        if gamma is not None and not by.has_curvature:
+            raise ValueError(
+                f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
+                "would have no effect. Leave it out, or use rule='damped'"
+            )
         betas = by.betas if betas is None else betas
         gamma = by.gamma if gamma is None else gamma
+        damping = by.damping if damping is None else damping
+        update_every = by.update_every if update_every is None else update_every
         # Not float16: an h of 1e-8 would be zero in it.
         check_option("state_dtype", state_dtype, (torch.float32, torch.float64, torch.bfloat16))
         check_fraction(fraction)
@@ -181,7 +188,7 @@ class Sophia(torch.optim.Optimizer):
                     "Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
             telling = model if model is not None else model_that_tells_kinds(owners, tensors)
-            params = params if telling is None else groups_by_kind(params, telling, by)
+            params = params if telling is None else groups_by_kind(params, telling, by, named)
         self.mode, self.fraction, self.batch_dim = mode, fraction, batch_dim
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
@@ -195,7 +202,7 @@ class Sophia(torch.optim.Optimizer):
             process_group,
         )
         self._ready()
-        self._say_if_adamws(named)
+        self._say_if_adamws({"rule": rule, **named})
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -378,9 +385,11 @@ class Sophia(torch.optim.Optimizer):
 
     def _listen(self) -> None:
         if self._recorder is not None:
-            self._recorder.active = any(is_due(g["step"], g["update_every"]) for g in self.param_groups)
+            self._recorder.active = any(
+                _has_curvature(g) and is_due(g["step"], g["update_every"]) for g in self.param_groups
+            )
             first = self.param_groups[0]
-            sampled = first["weights_equal"] and first["refreshes"] % ALL_AGAIN
+            sampled = first["weights_equal"] and self._refreshed()["refreshes"] % ALL_AGAIN
             self._recorder.sample = (first["seed"], first["step"]) if sampled else None
             self._recorder.maximize = all(g["maximize"] for g in self.param_groups)
 
@@ -441,7 +450,7 @@ class Sophia(torch.optim.Optimizer):
             if self.mode == "replay":
                 self._refresh_if_due()
         if self._trained():
-            for group in self.param_groups:  # all of them first: a warning may be an error
+            for group in filter(_has_curvature, self.param_groups):  # all first: a warning may be an error
                 self._warn_if_stale(group)
         if self._joins:
             self._join_shards(first=True)
@@ -500,7 +509,7 @@ class Sophia(torch.optim.Optimizer):
         due = [
             g
             for g in self.param_groups
-            if is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
+            if _has_curvature(g) and is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
         ]
         if due and self._something_trains():
             if self._search is not None and self._recorder is not None:
@@ -519,7 +528,7 @@ class Sophia(torch.optim.Optimizer):
                 raise RuntimeError(f"a Hessian refresh is due at step {due[0]['step']}, but {gone}")
             first = self.param_groups[0]
             estimate = self._refresher.replay(
-                recorder, self._trained(), seed=first["seed"], step=first["step"], search=self._search
+                recorder, self._with_curvature(), seed=first["seed"], step=first["step"], search=self._search
             )
             self._end_search()
             first["share"], first["gradient_scale"] = self._refresher.share, self._refresher.gradient_scale
@@ -573,18 +582,18 @@ class Sophia(torch.optim.Optimizer):
         """
         first = self.param_groups[0]
         with self._refresher.by_hand(
-            self._model, self._trained() or self._parameters(), seed=first["seed"], step=first["step"]
+            self._model, self._with_curvature() or self._parameters(), seed=first["seed"], step=first["step"]
         ) as handle:
             yield handle
             estimate = handle.finish()
         with torch.no_grad():
-            self._take(estimate, self.param_groups)
+            self._take(estimate, list(filter(_has_curvature, self.param_groups)))
 
     def _take(self, estimate: Estimate, groups: list[dict[str, Any]]) -> None:
         """Average an estimate into h, unless something is wrong with it: then it is skipped, counted and
         said.
         """
-        parameters = self._trained() or self._parameters()
+        parameters = self._with_curvature() or self._parameters()
         self.param_groups[0]["counted"] = estimate.count
         ranks = self._refresher.ranks(self._model, parameters)
         objection, remark = self._refresher.examined(estimate, parameters[0].device, ranks)
@@ -638,6 +647,8 @@ class Sophia(torch.optim.Optimizer):
             self._warn_once("stale", message)
 
     def _say_if_adamws(self, named: Mapping[str, Any]) -> None:
+        if not _has_curvature({"rule": named.get("rule", "paper")}):
+            return  # its betas are Adam's
         if (message := adamws_betas_and_eps(named)) is not None:
             self._warn_once("adamw", message)
 
@@ -655,7 +666,8 @@ class Sophia(torch.optim.Optimizer):
         done on one rank.
 
         ``unclipped`` (|m| < gamma h), ``eps_limited`` (gamma h <= eps) and ``h_zero`` are shares of the
-        coordinates, whatever the rule, and ``own_rule`` the share that is not moved by the published one;
+        coordinates that have curvature, whatever the rule; ``own_rule`` is the share of all that is not moved
+        by the published one, ``has_curvature`` the share whose rule divides by h;
         ``h_q05``, ``h_q50``, ``h_q95`` quantiles of h; ``B`` the predictions counted in the last
         pass, and ``share`` their share of those of the step, in replay; ``gradient_scale`` the scale of
         ``.grad`` in units of the loss that h is the curvature of: 1, less what clipping took, and 0 if it
@@ -667,7 +679,7 @@ class Sophia(torch.optim.Optimizer):
         mine = {id(p) for p in parameters if ranks is None or ranks.answers_for(p)}
         held = [
             (g, [self.state[p] for p in g["params"] if id(p) in mine and self.state.get(p)])
-            for g in self.param_groups
+            for g in filter(_has_curvature, self.param_groups)
         ]
         groups = [
             (
@@ -679,24 +691,20 @@ class Sophia(torch.optim.Optimizer):
             for g, states in held
         ]
         first = self.param_groups[0]
-        own, every = (
-            sum(
-                p.numel()
-                for g in self.param_groups
-                for p in g["params"]
-                if p.requires_grad and RULES[g["rule"]] not in rules
-            )
-            for rules in ((PAPER,), ())
-        )
+        sizes = [
+            (RULES[g["rule"]], p.numel()) for g in self.param_groups for p in g["params"] if p.requires_grad
+        ]
+        every = sum(size for _, size in sizes) or 1
         return {
             **describe(groups, gather=None if ranks is None or not ranks.everyone else ranks.gather),
-            "own_rule": own / every if every else 0.0,
+            "own_rule": sum(size for rule, size in sizes if rule is not PAPER) / every,
+            "has_curvature": sum(size for rule, size in sizes if rule.has_curvature) / every,
             "B": float(first["counted"]),
             "share": float(first["share"]),
             "gradient_scale": float(first["gradient_scale"]),
-            "age": float(first["step"] - max(first["refreshed"], 0)),
-            "refreshes": float(first["refreshes"]),
-            "skipped": float(first["skipped"]),
+            "age": float(first["step"] - max(self._refreshed()["refreshed"], 0)),
+            "refreshes": float(self._refreshed()["refreshes"]),
+            "skipped": float(self._refreshed()["skipped"]),
         }
 
     # ---- groups and state ----
@@ -736,14 +744,23 @@ class Sophia(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _refreshed(self) -> dict[str, Any]:
+        """The first group whose counters of refreshes count."""
+        return next(filter(_has_curvature, self.param_groups), self.param_groups[0])
+
+    def _with_curvature(self) -> list[Tensor]:
+        """What trains by a rule that divides by h."""
+        groups = filter(_has_curvature, self.param_groups)
+        return [p for group in groups for p in group["params"] if p.requires_grad]
+
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
-        # Asked for every tensor at every step. A group may change its rule: then the rms may be missing.
-        if RMS not in state and (not state or RULES[group["rule"]] is not PAPER):
-            add_what_is_missing(state, parameter, RULES[group["rule"]], self.state_dtype)
+        rule = RULES[group["rule"]]
+        if not is_complete(state, parameter, rule):
+            add_what_is_missing(state, parameter, rule, self.state_dtype)
         return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -751,7 +768,7 @@ class Sophia(torch.optim.Optimizer):
         step.
         """
         check_group({**self.defaults, **param_group}, rounds=self._rounds)
-        self._say_if_adamws(param_group)
+        self._say_if_adamws({"rule": self.defaults["rule"], **param_group})
         if self.param_groups:
             param_group = {
                 "step": self.param_groups[0]["step"],
@@ -848,6 +865,10 @@ _log = logging.getLogger("sophia")
 @untraced
 def _step_outside_of_graphs(work: Work) -> None:
     work.do()
+
+
+def _has_curvature(group: Mapping[str, Any]) -> bool:
+    return RULES[group["rule"]].has_curvature
 
 
 def _number(value: float | Tensor) -> float:

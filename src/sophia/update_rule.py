@@ -45,6 +45,16 @@ as it changes little and that of the same step would take one more pass over mem
 Algorithm 3 bounds every entry of the step by 1, this one every singular value, so that directions shared by
 many coordinates, which a diagonal h cannot see, are bounded too; R and C are the means of h over columns and
 rows. s is a number for the kind of tensor. In both, m and h are corrected for their start at zero.
+
+A third has no curvature: it divides by second moments of the gradients themselves, and nothing is ever
+refreshed. For hidden matrices, and for the rest (written for a matrix whose short side are its columns)::
+
+    whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = (L / mean + damping)^-1/8
+    rotated    theta <- theta - lr s (m Q / sqrt(v)) Q', v <- beta2 v + (1 - beta2) (g Q)^2
+
+L is the average of g g' on the short side, C the same from the mean squares of u over the short side, for the
+long one; Q has the eigenvectors of the average of g' g. Shampoo's factors (Gupta et al., arXiv 1802.09568)
+around Muon's step, and SOAP (Vyas et al., arXiv 2409.11321) on one side.
 """
 
 from __future__ import annotations
@@ -59,16 +69,22 @@ __all__ = [
     "NEWTON_SCHULZ",
     "average_curvature",
     "average_gradient",
+    "average_second_moment",
     "clipped_direction",
     "corrected_gamma",
     "damped_direction",
+    "eigenbasis",
+    "inverse_power",
     "look_ahead",
     "polar",
     "rms",
+    "rotated_direction",
+    "short_side_first",
     "sophia_step",
     "spectral_direction",
     "started",
     "usual_size",
+    "whitened_direction",
 ]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -201,6 +217,92 @@ def spectral_direction(u: Tensor, h: Tensor, *, polar_of: Callable[[Tensor], Ten
     d = rows * (polar_of or polar)(rows * u * columns) * columns
     size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
     return torch.div(d * math.sqrt(d.numel()), size)
+
+
+def average_second_moment(moment: Tensor, g: Tensor, *, beta2: float) -> Tensor:
+    """Return ``beta2 M + (1 - beta2) g g'`` of the short side of a matrix; M is (n, n), n its length."""
+    x = short_side_first(g)
+    return beta2 * moment + (1 - beta2) * (x @ x.T)
+
+
+def whitened_direction(
+    u: Tensor,
+    root: Tensor,
+    *,
+    power: float,
+    damping: float,
+    polar_of: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by second moments.
+
+    Args:
+        u: the momentum, (a, b).
+        root: ``inverse_power`` of the short side's second moment, (n, n).
+        power: of the long side, whose second moment is the diagonal of u' u.
+        damping: added to it, in units of its mean.
+        polar_of: a faster way to the same as ``polar``.
+    """
+    x = short_side_first(u)
+    mean = x.square().mean(0, keepdim=True)
+    columns = _relative(mean, damping) ** -power
+    d = root @ (polar_of or polar)(root @ x * columns) * columns
+    d = d if x is u else d.T
+    size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
+    return torch.div(d * math.sqrt(d.numel()), size)
+
+
+def rotated_direction(m: Tensor, v: Tensor, basis: Tensor, *, eps: float) -> Tensor:
+    """Return Adam's direction in the eigenbasis of the short side: ``Q [(Q' m) / (sqrt(v) + eps)]``.
+
+    Args:
+        m: the momentum, (a, b), corrected for its start at zero.
+        v: the second moment of the rotated gradient, corrected likewise; of the shape of m.
+        basis: Q, (n, n), n the short side's length.
+        eps: Adam's.
+
+    >>> import torch
+    >>> m, v = torch.tensor([[2.0, 0.0], [1.0, 4.0], [1.0, 1.0]]), torch.ones(3, 2)
+    >>> torch.equal(rotated_direction(m, v, torch.eye(2), eps=0.0), m)
+    True
+    """
+    x = short_side_first(m)
+    d = basis @ ((basis.T @ x) / (short_side_first(v).sqrt() + eps))
+    return d if x is m else d.T
+
+
+def inverse_power(moment: Tensor, *, power: float, damping: float) -> Tensor:
+    """Return ``(M / its mean eigenvalue + damping)^-power`` of a symmetric matrix, (n, n), whose eigenvalues
+    are not negative.
+
+    Decomposed in float64: they span twice the orders of magnitude of the singular values.
+
+    >>> import torch
+    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), power=0.5, damping=0.0)
+    tensor([[0.7071, 0.0000, 0.0000],
+            [0.0000, 1.4142, 0.0000],
+            [0.0000, 0.0000, 1.4142]])
+    """
+    decomposed = torch.linalg.eigh(moment.double())
+    vectors: Tensor = decomposed.eigenvectors
+    relative = _relative(decomposed.eigenvalues.clamp(min=0), damping)
+    return ((vectors * relative**-power) @ vectors.T).to(moment.dtype)
+
+
+def eigenbasis(moment: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric matrix, (n, n), as columns."""
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors.to(moment.dtype)
+
+
+def short_side_first(x: Tensor) -> Tensor:
+    """Return the matrix itself, or its transpose where it has more rows than columns."""
+    return x.T if x.size(0) > x.size(1) else x
+
+
+def _relative(values: Tensor, damping: float) -> Tensor:
+    """``values / their mean + damping``; without any damping a millionth of the average at least."""
+    relative = values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+    return (relative + damping).clamp(min=1e-6)
 
 
 def polar(x: Tensor, *, iterations: int = 5) -> Tensor:

@@ -27,8 +27,8 @@ class Work(NamedTuple):
     """One call of a kernel."""
 
     kernel: ModuleType
-    columns: tuple[Sequence[Tensor], ...]
-    """Parameters, gradients, m, h."""
+    columns: tuple[Sequence[Any], ...]
+    """Parameters, gradients, m, and h or, of a rule without curvature, the state itself."""
     settings: StepSettings
     sizes: list[Tensor] | None
     """``state[p]["momentum_rms"]`` where the rule keeps it."""
@@ -61,15 +61,15 @@ def work_of(
     """
     rule = RULES[group["rule"]]
     settings = _settings(group, rule, compiling=compiling and not keys, stochastic=stochastic and bool(keys))
-    lists: dict[tuple[Any, ...], tuple[list[tuple[Tensor, ...]], list[Tensor], list[int]]] = {}
+    lists: dict[tuple[Any, ...], tuple[list[tuple[Any, ...]], list[Tensor], list[int]]] = {}
     for parameter in group["params"]:
         gradient = parameter.grad
         if gradient is None:
             continue
         state = state_of(parameter, group)
-        row: tuple[Tensor, ...] = (parameter, gradient, state["exp_avg"], state["hessian"])
         # By the whole tensor: a shard of a matrix is moved by the rule of matrices.
         by = rule if rule.otherwise is None else rule.moving(parameter)
+        row: tuple[Any, ...] = (parameter, gradient, state["exp_avg"], _fourth(by, state))
         # The rules are element-wise, and on DTensors each operation would cost more than the arithmetic.
         if is_dtensor(parameter) and not group["differentiable"]:
             row = local_parts(*row)
@@ -108,7 +108,14 @@ def _settings(group: Mapping[str, Any], rule: Rule, *, compiling: bool, stochast
         group["scale"],
         started(beta1, step=coming_step(group)) if rule.starts_corrected else 1.0,
         stochastic,
+        float(group["betas"][1]),
+        coming_step(group),
+        not rule.has_curvature and (coming_step(group) - 1) % group["update_every"] == 0,
     )
+
+
+def _fourth(rule: Rule, state: Mapping[str, Tensor]) -> Any:
+    return state["hessian"] if rule.has_curvature else state
 
 
 def current_gamma(group: Mapping[str, Any]) -> float:
@@ -137,8 +144,9 @@ def kernels_of(groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Mappi
         for p in group["params"]:
             if p in state:
                 # The parameter stands for its gradient, which has been set to None by now.
-                row: tuple[Tensor, ...] = (p, p.detach(), state[p]["exp_avg"], state[p]["hessian"])
+                by = rule.moving(p)
+                row: tuple[Any, ...] = (p, p.detach(), state[p]["exp_avg"], _fourth(by, state[p]))
                 if is_dtensor(p) and not group["differentiable"]:
                     row = local_parts(*row)
-                found.add(choose(rule.moving(p), group, lr, row).__name__.rpartition(".")[2])
+                found.add(choose(by, group, lr, row).__name__.rpartition(".")[2])
     return sorted(found)

@@ -136,6 +136,11 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
             f"scale={group['scale']!r} with rule={group['rule']!r}: that rule moves all kinds of tensors "
             "by lr alone. Give the group another lr, or another rule"
         )
+    if not RULES[group["rule"]].has_curvature and (group["differentiable"] or group["capturable"]):
+        raise RuntimeError(
+            f"rule={group['rule']!r} decomposes matrices every few steps, which goes with neither "
+            "differentiable=True nor capturable=True: use rule='paper'"
+        )
     every = group["update_every"]
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(

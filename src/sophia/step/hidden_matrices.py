@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sophia.step.groups import is_vector
-from sophia.step.rules import Rule
+from sophia.step.rules import RULES, Rule
 
 __all__ = ["groups_by_kind", "hidden_matrices", "model_that_tells_kinds"]
 
@@ -22,14 +22,18 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     return {id(p) for p in _hidden(model) if p.ndim == 2}
 
 
-def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[dict[str, Any]]:
+def groups_by_kind(
+    params: Iterable[Any], model: nn.Module, rule: Rule, named: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """Groups for a rule that tells kinds of tensors apart. A group that names its rule stays as it is.
 
     Hidden matrices are moved by that rule; hidden tensors that are no matrices (kernels of convolutions,
     stacked experts) by ``rule.otherwise``, as far as its hidden matrices; embeddings, head and vectors by it
-    too, further.
+    too, further. What ``named`` (settings of the optimizer, None where not given) does not say is each rule's
+    own.
     """
     given = list(params)
+    ungiven = [name for name, value in (named or {}).items() if value is None and hasattr(rule, name)]
     other = rule.otherwise or rule
     (hidden, rest), (of_other, _) = rule.kind_scales or (1.0, 1.0), other.kind_scales or (1.0, 1.0)
     hidden_dimensions = {id(p): p.ndim for p in _hidden(model)}
@@ -48,7 +52,9 @@ def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[
             dimensions = hidden_dimensions.get(id(member[1] if isinstance(member, tuple) else member))
             by = rule if dimensions == 2 else other
             kinds[by.name, rest if dimensions is None else hidden if by is rule else of_other].append(member)
-        groups += [{**group, "params": some, "rule": r, "scale": s} for (r, s), some in kinds.items() if some]
+        for (name, scale), some in kinds.items():
+            own = {setting: getattr(RULES[name], setting) for setting in ungiven}
+            groups += [{**own, **group, "params": some, "rule": name, "scale": scale}] if some else []
         groups += [] if members else [dict(group)]  # torch has words for an empty group
     return groups
 

@@ -1,5 +1,7 @@
 """The table of step rules: what each needs, its defaults, and its direction. A new rule is a row here.
 
+A rule has a ``direction`` from momentum and curvature, or ``statistics`` of the gradients alone.
+
 The equations are in ``update_rule.py``. A kernel names the rules that it knows (``RULES`` in its module); any
 rule at all runs in ``kernels/single_tensor.py``, by its ``direction``.
 """
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sophia.step.polar import polar_of
+from sophia.step.second_moments import KroneckerFactor, RotatedSecondMoment, SecondMoments
 from sophia.update_rule import clipped_direction, damped_direction, spectral_direction
 
-__all__ = ["DAMPED", "PAPER", "RULES", "SPECTRAL", "Rule", "StepSettings"]
+__all__ = ["DAMPED", "PAPER", "ROTATED", "RULES", "SPECTRAL", "WHITENED", "Rule", "StepSettings"]
 
 
 class StepSettings(NamedTuple):
@@ -44,6 +47,12 @@ class StepSettings(NamedTuple):
     """The part that u has of its steady size, ``update_rule.started``."""
     stochastic: bool = False
     """Round parameters in bfloat16 stochastically as well as state; needs keys."""
+    beta2: float = 0.0
+    """Decay of second moments, a step."""
+    step: int = 1
+    """Of the group, from 1."""
+    renews: bool = False
+    """Whether decompositions of second moments are due."""
 
 
 @dataclass(frozen=True, eq=False)  # one object a rule: compared by identity, at every step
@@ -52,14 +61,20 @@ class Rule:
 
     name: str
     """As it stands in ``rule=``, in groups and in checkpoints."""
-    direction: Callable[[Tensor, Tensor, Tensor | None, StepSettings], Tensor]
+    direction: Callable[[Tensor, Tensor, Tensor | None, StepSettings], Tensor] | None
     """``direction(u, h, size, settings)``, of the shape of u, in its dtype, without side effects. u is m, or
-    looks ahead of it; ``size`` is a scalar where ``keeps_rms``, else None.
+    looks ahead of it; ``size`` is a scalar where ``keeps_rms``, else None. None: the rule has ``statistics``.
     """
     betas: tuple[float, float]
-    """Default decays of m (a step) and h (a refresh)."""
-    gamma: float
+    """Default decays of m (a step) and of h (a refresh) or of second moments (a step)."""
+    gamma: float = 0.05
     """Default scale of h."""
+    statistics: SecondMoments | None = None
+    """What stands for h where a rule has no curvature: then nothing is refreshed."""
+    damping: float = 0.5
+    """Default floor: of gamma h, in units of the rms of u; of eigenvalues, in units of their mean."""
+    update_every: int = 10
+    """Default steps between two refreshes, or two decompositions."""
     lr_over_adamw: float = 1.0
     """The lr to begin with where AdamW's is known, over AdamW's."""
     looks_ahead: bool = False
@@ -78,6 +93,11 @@ class Rule:
     """
     otherwise: Rule | None = None
     """The rule of tensors that are no matrices, where this one is for matrices alone."""
+
+    @property
+    def has_curvature(self) -> bool:
+        """Whether it divides by h, which is refreshed."""
+        return self.statistics is None
 
     @property
     def needs_model(self) -> bool:
@@ -134,5 +154,31 @@ SPECTRAL = Rule(
 )
 """Singular values of hidden matrices bounded, whitened by rows and columns of h."""
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (PAPER, DAMPED, SPECTRAL)}
+ROTATED = Rule(
+    "rotated",
+    None,
+    betas=(0.8, 0.95),
+    statistics=RotatedSecondMoment(),
+    update_every=5,
+    starts_corrected=True,
+    needs_whole=True,
+    kind_scales=(0.05, 1.0),
+)
+"""Adam in the eigenbasis of the short side of a matrix."""
+
+WHITENED = Rule(
+    "whitened",
+    None,
+    betas=(0.9, 0.9),
+    statistics=KroneckerFactor(power=1 / 8),
+    damping=1e-4,
+    update_every=5,
+    starts_corrected=True,
+    needs_whole=True,
+    kind_scales=(0.3, 1.0),
+    otherwise=ROTATED,
+)
+"""Singular values of hidden matrices bounded, whitened by second moments of their gradients."""
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (PAPER, DAMPED, SPECTRAL, WHITENED, ROTATED)}
 """By the name that a group holds: any format of checkpoints carries a string."""

@@ -1,4 +1,4 @@
-"""State of a parameter (m, h), and loading it from a checkpoint."""
+"""State of a parameter (m, and h or the statistics that stand for it), and loading it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from sophia.distributed.shards import laid_out_like, local
-from sophia.step.rules import PAPER, Rule
+from sophia.step.rules import RULES, Rule
 
-__all__ = ["RMS", "add_what_is_missing", "check_origin", "other_settings", "restore_state"]
+__all__ = ["RMS", "add_what_is_missing", "check_origin", "is_complete", "other_settings", "restore_state"]
 
-_NAMES = ("exp_avg", "hessian")
 RMS = "momentum_rms"
 """Of a tensor whose rule keeps it: one number, see ``update_rule.usual_size``."""
+
+_OF_OTHER_RULES = ("hessian", "second_moment", "root", "basis", "exp_avg_sq")
+"""Left by a rule that a group had before; not loaded."""
 
 _FOREIGN = (
     "whose second moment, if it has one, is not a curvature. Start Sophia afresh from the model's weights"
@@ -26,17 +28,37 @@ _FOREIGN = (
 def add_what_is_missing(
     state: MutableMapping[str, Tensor], parameter: Tensor, rule: Rule, dtype: torch.dtype
 ) -> None:
-    """Make the buffers m and h of a parameter, zero, in its memory layout (a DTensor's shards too); the
-    number ``RMS`` too where the rule keeps it.
+    """Make the buffers of a parameter under a rule, zero: m and h in its memory layout (a DTensor's shards
+    too), or in the place of h what the rule's statistics keep; the number ``RMS`` too where the rule has it.
 
-    Float64 parameters have float64 state.
+    Float64 parameters have float64 state. Statistics have float32 at least: their eigenvalues span twice the
+    orders of magnitude of the gradients.
     """
+    rule = rule.moving(parameter)
     wide = parameter.dtype if parameter.dtype == torch.float64 else dtype
-    for name in _NAMES:
+    for name in ("exp_avg", "hessian") if rule.has_curvature else ("exp_avg",):
         if name not in state:
             state[name] = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-    if RMS not in state and rule.moving(parameter).keeps_rms:
+    for name, shape in _kept(rule, parameter).items():
+        if name not in state:
+            exact = torch.promote_types(wide, torch.float32)
+            state[name] = torch.zeros(shape, dtype=exact, device=parameter.device)
+    if RMS not in state and rule.keeps_rms:
         state[RMS] = _number(parameter, dtype)
+
+
+def is_complete(state: Mapping[str, Tensor], parameter: Tensor, rule: Rule) -> bool:
+    """Whether all buffers are there: a group may change its rule. Asked for every tensor at every step."""
+    if not state:
+        return False
+    by = rule.moving(parameter)
+    if by.statistics is not None:
+        return _kept(by, parameter).keys() <= state.keys()
+    return "hessian" in state and (RMS in state or not by.keeps_rms)
+
+
+def _kept(rule: Rule, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    return {} if rule.statistics is None else rule.statistics.shapes(parameter.shape)
 
 
 def _number(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,33 +131,40 @@ def restore_state(
     Raises:
         ValueError: the entries are not Sophia's or do not fit the parameters.
     """
-    numbers = [number for group in loaded["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
+    numbered = [(number, group) for group in loaded["param_groups"] for number in group["params"]]
+    for (number, group), parameter in zip(numbered, parameters, strict=True):
         entries = loaded["state"].get(number)
         if not entries:
             continue
-        _check(entries, number, parameter)
+        rule = RULES[group.get("rule", "paper")]
         restored: dict[str, Tensor] = {}
-        add_what_is_missing(restored, parameter, PAPER, dtype)
-        for name in _NAMES:
-            local(restored[name]).copy_(laid_out_like(entries[name], parameter))
+        add_what_is_missing(restored, parameter, rule, dtype)
+        restored.pop(RMS, None)  # it may be missing in the file: a group that changed its rule
+        _check(entries, restored, number, parameter)
+        for name, value in restored.items():
+            if value.shape == parameter.shape:
+                local(value).copy_(laid_out_like(entries[name], parameter))
+            else:
+                value.copy_(entries[name])
         if RMS in entries:
             restored[RMS] = _number(parameter, dtype).copy_(entries[RMS])
         state[parameter] = restored
 
 
-def _check(entries: Mapping[str, Any], number: int, parameter: Tensor) -> None:
-    if set(entries) - {RMS} != set(_NAMES):
+def _check(
+    entries: Mapping[str, Any], expected: Mapping[str, Tensor], number: int, parameter: Tensor
+) -> None:
+    if set(entries) - set(expected) - {RMS, *_OF_OTHER_RULES} or not set(expected) <= set(entries):
         raise ValueError(
             f"the state of parameter {number} has the keys {sorted(entries)}, but Sophia's are "
-            f"{sorted(_NAMES)}: this is another optimizer's state, {_FOREIGN}"
+            f"{sorted(expected)}: this is another optimizer's state, {_FOREIGN}"
         )
-    for name in _NAMES:
+    for name, like in expected.items():
         value = entries[name]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if shape != tuple(parameter.shape):
+        if shape != tuple(like.shape):
+            wanted = "" if like.shape == parameter.shape else f", so that it should be {tuple(like.shape)}"
             raise ValueError(
                 f"{name} of parameter {number} has shape {shape}, but the parameter has "
-                f"{tuple(parameter.shape)}: "
-                "load the state of the same model"
+                f"{tuple(parameter.shape)}{wanted}: load the state of the same model"
             )

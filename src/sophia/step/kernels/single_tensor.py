@@ -54,6 +54,7 @@ def step(
             now = rms(u)
             size = usual_size(now, sizes[i], started=s.started)
             sizes[i].copy_(now / s.started)
+        assert rule.direction is not None
         direction = rule.direction(u, hessian.to(wide), size, s)
         # A graph through the step (to a tensor lr, say) needs the parameter as it was before it is stored.
         theta = param.to(wide, copy=torch.is_grad_enabled())
