@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oracle import gauss_newton
-from sophia import Sophia, SophiaWarning
+from said import said
+from sophia import Sophia
 
 V, T, D = 9, 6, 8
 """Vocabulary, time, width."""
@@ -55,16 +55,6 @@ class CodeBase:
     """Of half precision."""
 
 
-def words_of(run: Callable[[], Any]) -> list[str]:
-    """The SophiaWarnings of a run; other warnings stay errors."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # torch's compiler looks at all
-        warnings.simplefilter("always", SophiaWarning)
-        run()
-    return [str(w.message) for w in heard]
-
-
 def check_that_it_trains(base: CodeBase, *, steps: int = 30, **settings) -> None:
     """The loop under its own line and under ours: nothing is said, and the loss falls under both."""
     for line in (base.adamw, base.sophia):
@@ -76,7 +66,7 @@ def check_that_it_trains(base: CodeBase, *, steps: int = 30, **settings) -> None
             loop = base.train(model, line(model, lr=base.lr), base.lr, **settings)
             losses.extend(float(loss) for loss in itertools.islice(loop, steps))
 
-        assert words_of(run) == []
+        assert said(run) == []
         assert losses[-1] < 0.9 * losses[0], (line, losses[0], losses[-1])
 
 
@@ -100,7 +90,7 @@ def check_mean_of_h(base: CodeBase, *, draws: int = DRAWS, **settings) -> None:
             for name, p in named.items():
                 sums[name] += opt.state[p]["hessian"].double() / draws
 
-    assert words_of(run) == []
+    assert said(run) == []
     assert opt.stats()["B"] == base.counted
     assert opt.stats()["skipped"] == 0
     trace = float(sum(sums[n].sum() for n in named) / sum(exact[n].sum() for n in named))
@@ -131,7 +121,7 @@ def check_twins(
         torch.manual_seed(0)
         model = each.model()
         opt = each.sophia(model, lr=lr, update_every=1)
-        words = words_of(
+        words = said(
             lambda each=each, model=model, opt=opt, settings=settings: list(
                 itertools.islice(each.train(model, opt, lr, **settings), steps)
             )

@@ -18,10 +18,10 @@ from code_bases import (
     check_twins,
     mean,
     pairs,
-    words_of,
 )
 from torch import nn
 
+from said import said
 from sophia import Sophia
 
 
@@ -315,6 +315,6 @@ def test_min_ddp_that_clips_what_is_scaled_is_told():
     model = MinGPT()
     opt = MIN.sophia(model, lr=0.0, update_every=1)
     loop = train_min_ddp(model, opt, 0.0, scaled=True, unscaled_first=False)
-    words = words_of(lambda: list(itertools.islice(loop, 3)))
+    words = said(lambda: list(itertools.islice(loop, 3)))
     assert len(words) == 1
     assert "unscale" in words[0]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from oracle import gauss_newton
-from sophia import Sophia, SophiaWarning
+from said import said
+from sophia import Sophia
 
 DRAWS, SPREAD, SIGMAS = 400, math.sqrt(2), 4.5
 ONE_STEP = {"lr": 0.0, "weight_decay": 0.0, "betas": (0.9, 0.0), "update_every": 1}
@@ -68,15 +68,6 @@ class Case:
         """The oracle."""
         torch.manual_seed(0)
         return gauss_newton(self.model(), self.data(), self.outputs, self.loss)
-
-
-def said(run: Callable[[], Any]) -> list[str]:
-    """The SophiaWarnings of a run; other warnings stay errors."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("error")
-        warnings.simplefilter("always", SophiaWarning)
-        run()
-    return [str(w.message) for w in heard]
 
 
 def mean_estimate(case: Case) -> tuple[dict[str, Tensor], list[str], dict[str, float]]:

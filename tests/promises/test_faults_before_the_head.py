@@ -4,12 +4,13 @@ tables among many layers of their width.
 
 import pytest
 import torch
-from curvature_cases import cross_entropy, said, sentences
+from curvature_cases import cross_entropy, sentences
 from test_faults_fused_losses import Fused, Tied, fused
 from torch import nn
 from torch.nn import functional as F
 from twins import Around, Net, check_twins, logits, mean, trained
 
+from said import said
 from sophia import Sophia
 
 

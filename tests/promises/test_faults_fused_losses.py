@@ -7,11 +7,12 @@ import weakref
 
 import pytest
 import torch
-from curvature_cases import cross_entropy, said, sentences
+from curvature_cases import cross_entropy, sentences
 from torch import nn
 from torch.nn import functional as F
 from twins import Around, Net, check_twins, logits, mean, trained
 
+from said import said
 from sophia import Sophia
 
 

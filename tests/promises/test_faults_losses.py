@@ -14,12 +14,12 @@ from curvature_cases import (
     classifier,
     per_token,
     rows,
-    said,
     sentences,
 )
 from torch import nn
 from torch.nn import functional as F
 
+from said import said
 from sophia import Sophia
 
 

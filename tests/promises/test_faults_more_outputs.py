@@ -12,7 +12,6 @@ from curvature_cases import (
     mean_estimate,
     outcome,
     rows,
-    said,
     sentences,
 )
 from test_faults_outputs import (
@@ -29,6 +28,7 @@ from test_faults_outputs import (
 from torch import nn
 from torch.nn import functional as F
 
+from said import said
 from sophia import Sophia
 from sophia.likelihoods import Categorical, Gaussian, Heads
 from sophia.refresh.graph_search import kin_of

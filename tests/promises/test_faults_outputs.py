@@ -12,12 +12,12 @@ from curvature_cases import (
     cross_entropy,
     mean_estimate,
     rows,
-    said,
     sentences,
 )
 from torch import nn
 from torch.nn import functional as F
 
+from said import said
 from sophia import Sophia
 from sophia.likelihoods import Categorical, Heads
 

@@ -13,12 +13,12 @@ from curvature_cases import (
     mean_estimate,
     outcome,
     rows,
-    said,
 )
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from said import said
 from sophia import Sophia
 
 

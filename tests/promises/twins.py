@@ -4,9 +4,10 @@ With the same seed both draw the same labels, so that h is the same number for n
 """
 
 import torch
-from curvature_cases import Words, cross_entropy, said, sentences
+from curvature_cases import Words, cross_entropy, sentences
 from torch import nn
 
+from said import said
 from sophia import Sophia
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "DEFAULTS",
     "SPACE",
     "build",
+    "build_without_curvature",
     "build_own_rule",
     "hessian_vector_cost",
     "sampled_cost",
@@ -50,6 +51,23 @@ def build_own_rule(model: nn.Module, s: Settings, seed: int) -> Optimizer:
         fraction=float(s["fraction"]),
         seed=seed,
     )
+
+
+def build_without_curvature(model: nn.Module, s: Settings, seed: int) -> Optimizer:
+    """The whitened rule; embeddings, head and vectors have decays of their own."""
+    optimizer = Sophia(
+        model,
+        rule=str(s["rule"]),
+        lr=float(s["lr"]),
+        damping=float(s["damping"]),
+        weight_decay=float(s["weight_decay"]),
+        update_every=int(s["update_every"]),
+        seed=seed,
+    )
+    for group in optimizer.param_groups:
+        names = ("beta1", "beta2") if group["rule"] == s["rule"] else ("rest_beta1", "rest_beta2")
+        group["betas"] = (float(s[names[0]]), float(s[names[1]]))
+    return optimizer
 
 
 def sampled_cost(s: Settings) -> float:
@@ -142,6 +160,34 @@ CONTENDERS = (
         gradients=sampled_cost,
         parts=("gnb", "spectral"),
         line='Sophia(model, rule="spectral")',
+        line_has={"lr": 6e-4},
+    ),
+    Contender(
+        name="sophia-whitened",
+        title="Sophia, the whitened rule (ours): no curvature, second moments of the gradients",
+        build=build_without_curvature,
+        defaults={
+            "lr": 0.02,
+            "beta1": 0.9,
+            "beta2": 0.9,
+            "rest_beta1": 0.8,
+            "rest_beta2": 0.95,
+            "damping": 1e-4,
+            "weight_decay": 0.1,
+            "update_every": 5,
+            "rule": "whitened",
+        },
+        space={
+            "lr": LogRange(2e-3, 6e-2),
+            "beta1": Choice((0.8, 0.9, 0.95)),
+            "rest_beta1": Choice((0.7, 0.8, 0.9)),
+            "rest_beta2": Choice((0.9, 0.95, 0.98)),
+            "weight_decay": DECAYS,
+            WARMUP: WARMUPS,
+        },
+        state_per_parameter=8,
+        parts=("whitened",),
+        line='Sophia(model, rule="whitened")',
         line_has={"lr": 6e-4},
     ),
     Contender(
