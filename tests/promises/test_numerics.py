@@ -44,10 +44,15 @@ CASES = {
     "damped, hutchinson": ("damped hutchinson", {"rule": "damped", "estimator": "hutchinson"}, {}),
     "spectral": ("spectral gnb", {"rule": "spectral"}, {}),
     "spectral, micro-batches": ("spectral gnb", {"rule": "spectral"}, {"micro_batches": 2}),
+    "whitened": ("whitened", {"rule": "whitened"}, {}),
+    "whitened, resumed": ("whitened", {"rule": "whitened"}, {"resumed": 5}),
     "float32": ("paper gnb", {}, {"dtype": torch.float32}),
     "state in bfloat16": ("paper gnb", {"state_dtype": torch.bfloat16}, {"dtype": torch.float32}),
     "forwards in bfloat16": ("paper gnb", {}, {"dtype": torch.float32, "autocast": True}),
 }
+
+KEPT = {"hessian": "h", "exp_avg_sq": "v", "second_moment": "second moment"}
+"""What a rule divides by, by its name in the state."""
 
 # The others agree to 1e-6. Measured with and without the compiled kernel, by one thread and two, and with
 # the plain instructions of the processor (ATEN_CPU_CAPABILITY=default):
@@ -110,7 +115,9 @@ def steps(
             for (name, p), before in zip(model.named_parameters(), start, strict=True)
             if kind == ("vectors" if p.ndim == 1 else "matrices" if "blocks" in name else "tables")
         ]
-        found[f"h of {kind}"] = float(sum(opt.state[p]["hessian"].double().sum() for p, _ in own))
+        for name, words in KEPT.items():
+            kept = [opt.state[p][name].double().sum() for p, _ in own if name in opt.state[p]]
+            found |= {f"{words} of {kind}": float(sum(kept))} if kept else {}
         found[f"way of {kind}"] = float(sum((p.detach() - before).double().abs().sum() for p, before in own))
     return found
 

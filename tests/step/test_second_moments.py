@@ -82,7 +82,10 @@ class Rotated:
 
         self.v = 0.95 * self.v + 0.05 * turn(g, basis) ** 2
         m, v = self.m / (1 - 0.8 ** (number + 1)), self.v / (1 - 0.95 ** (number + 1))
-        d = turn(turn(m, basis) / (np.sqrt(v) + 1e-12), None if basis is None else basis.T)
+        floor = (
+            0 if basis is None else 1e-4 * np.sqrt(v.mean(1 if v.shape[0] > v.shape[1] else 0, keepdims=True))
+        )
+        d = turn(turn(m, basis) / (np.sqrt(v) + floor + 1e-12), None if basis is None else basis.T)
         self.theta = self.theta * (1 - lr * self.decay) - lr * d
 
 
@@ -128,6 +131,22 @@ def test_a_model_of_vectors_is_moved_by_adam():
             optimizer.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_directions_without_a_gradient_do_not_move():
+    """Rounding in the null space of the gradients, divided by its own size: a table moved by noise."""
+    table = nn.Embedding(40, 16)
+    optimizer = Sophia(table, lr=0.01, rule="whitened", weight_decay=0.0)
+    before = table.weight.detach().clone()
+    span = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    for number in range(12):
+        (weights,) = noise_like([torch.zeros(40, 3)], number)
+        give([table.weight], [weights @ span])
+        optimizer.step()
+    moved = table.weight.detach() - before
+    inside = torch.linalg.qr(span.T).Q
+    outside = moved - moved @ inside @ inside.T
+    assert float(outside.norm() / moved.norm()) < 0.01
 
 
 def test_nothing_is_refreshed_and_the_model_is_not_run():

@@ -14,8 +14,8 @@ __all__ = [
     "DEFAULTS",
     "SPACE",
     "build",
-    "build_without_curvature",
     "build_own_rule",
+    "build_without_curvature",
     "hessian_vector_cost",
     "sampled_cost",
 ]
