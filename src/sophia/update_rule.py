@@ -47,14 +47,16 @@ many coordinates, which a diagonal h cannot see, are bounded too; R and C are th
 rows. s is a number for the kind of tensor. In both, m and h are corrected for their start at zero.
 
 A third has no curvature: it divides by second moments of the gradients themselves, and nothing is ever
-refreshed. For hidden matrices, and for the rest (written for a matrix whose short side are its columns)::
+refreshed. For hidden matrices, and for other matrices (written for one whose short side are its rows)::
 
-    whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = (L / mean + damping)^-1/8
-    rotated    theta <- theta - lr s (m Q / sqrt(v)) Q', v <- beta2 v + (1 - beta2) (g Q)^2
+    whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = (M / mean + damping)^-1/8
+    factored   theta <- theta - lr s P m C, P = (M / mean + damping)^-1/2, C = r^-1/2
 
-L is the average of g g' on the short side, C the same from the mean squares of u over the short side, for the
-long one; Q has the eigenvectors of the average of g' g. Shampoo's factors (Gupta et al., arXiv 1802.09568)
-around Muon's step, and SOAP (Vyas et al., arXiv 2409.11321) on one side.
+M is the average of g g', a matrix of the short side's length. C is a scale for each place on the long side:
+the mean squares of this step's u there, likewise relative and to the power -1/8, or r, the average of the
+mean squares of g. So these are one second moment, factored: Shampoo's on the short side (Gupta et al., arXiv
+1802.09568), Adafactor's on the long one (Shazeer and Stern, arXiv 1804.04235), around Muon's step or alone.
+Vectors are moved by Adam.
 """
 
 from __future__ import annotations
@@ -73,12 +75,11 @@ __all__ = [
     "clipped_direction",
     "corrected_gamma",
     "damped_direction",
-    "eigenbasis",
+    "factored_direction",
     "inverse_power",
     "look_ahead",
     "polar",
     "rms",
-    "rotated_direction",
     "short_side_first",
     "sophia_step",
     "spectral_direction",
@@ -251,27 +252,24 @@ def whitened_direction(
     return torch.div(d * math.sqrt(d.numel()), size)
 
 
-def rotated_direction(m: Tensor, v: Tensor, basis: Tensor, *, eps: float) -> Tensor:
-    """Return Adam's direction in the eigenbasis of the short side: ``Q [(Q' m) / (sqrt(v) + floor + eps)]``.
-
-    The floor is 1e-4 of the root mean square along the short side. Where gradients leave directions out
-    (fewer tokens than columns), what a rotation has there is rounding, which Adam would divide by itself.
+def factored_direction(m: Tensor, root: Tensor, r: Tensor, *, eps: float) -> Tensor:
+    """Return ``P m r^-1/2``: Adam's direction with a second moment that is factored.
 
     Args:
         m: the momentum, (a, b), corrected for its start at zero.
-        v: the second moment of the rotated gradient, corrected likewise; of the shape of m.
-        basis: Q, (n, n), n the short side's length.
+        root: P, ``inverse_power`` of the short side's second moment, (n, n).
+        r: the mean squares of the gradient along the short side, (N,), N the long side's length; corrected.
         eps: Adam's.
 
     >>> import torch
-    >>> m, v = torch.tensor([[2.0, 0.0], [1.0, 4.0], [1.0, 1.0]]), torch.ones(3, 2)
-    >>> torch.allclose(rotated_direction(m, v, torch.eye(2), eps=0.0), m, rtol=2e-4)
-    True
+    >>> m, r = torch.tensor([[2.0, 4.0], [3.0, 3.0], [1.0, 0.0]]), torch.tensor([4.0, 9.0, 1.0])
+    >>> factored_direction(m, torch.eye(2), r, eps=0.0)
+    tensor([[1., 2.],
+            [1., 1.],
+            [1., 0.]])
     """
     x = short_side_first(m)
-    v = short_side_first(v)
-    floor = 1e-4 * v.mean(0, keepdim=True).sqrt()
-    d = basis @ ((basis.T @ x) / (v.sqrt() + floor + eps))
+    d = root @ x / (r.sqrt() + eps)
     return d if x is m else d.T
 
 
@@ -291,12 +289,6 @@ def inverse_power(moment: Tensor, *, power: float, damping: float) -> Tensor:
     vectors: Tensor = decomposed.eigenvectors
     relative = _relative(decomposed.eigenvalues.clamp(min=0), damping)
     return ((vectors * relative**-power) @ vectors.T).to(moment.dtype)
-
-
-def eigenbasis(moment: Tensor) -> Tensor:
-    """Return the eigenvectors of a symmetric matrix, (n, n), as columns."""
-    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
-    return vectors.to(moment.dtype)
 
 
 def short_side_first(x: Tensor) -> Tensor:

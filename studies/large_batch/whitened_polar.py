@@ -106,7 +106,7 @@ class HiddenMatrices(Optimizer):
         damping: added to the eigenvalues, in units of their mean.
         average: decay of L and R, a step.
         every: steps between two decompositions of L and R.
-        sides: "both"; "short": only the side of the matrix that is not the longer one; or "mixed": beside it
+        sides: "both"; "short": only the shorter side of the matrix; or "mixed": beside it
             the diagonal of u' u, of this step, for the longer one.
         polar: False leaves the polar factor out: Shampoo's step.
         outputs: decay of the mean squares of outputs, a step; 0 for none.
@@ -131,9 +131,9 @@ class HiddenMatrices(Optimizer):
         outputs: float,
         weight_decay: float,
     ) -> None:
-        if statistics not in STATISTICS or sides not in ("both", "short"):
+        if statistics not in STATISTICS or sides not in SIDES:
             raise ValueError(
-                f"statistics {statistics!r} and sides {sides!r}: one of {STATISTICS}, both or short"
+                f"statistics {statistics!r} and sides {sides!r}: one of {STATISTICS}; of {SIDES}"
             )
         hidden = hidden_matrices(model)
         named = dict(model.named_parameters())
@@ -200,7 +200,7 @@ class HiddenMatrices(Optimizer):
     ) -> tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]:
         """What whitens from the left, and from the right: (matrix, power) -> matrix."""
         kind = group["statistics"]
-        left, right = (group["sides"] == "both" or _not_longer(u, side) for side in (0, 1))
+        left, right = (group["sides"] == "both" or _is_short(u, side) for side in (0, 1))
         if kind == "none":
             return _nothing, _nothing
         rows, columns = (_scaling(u.square().mean(d, keepdim=True), group["damping"]) for d in (1, 0))
@@ -248,9 +248,9 @@ def inverse_power(moment: Tensor, power: float, damping: float) -> Tensor:
     return ((vectors * relative.pow(-power)) @ vectors.T).to(moment.dtype)
 
 
-def _not_longer(x: Tensor, side: int) -> bool:
-    """Whether this side of a matrix is not the longer one."""
-    return x.size(side) == min(x.shape)
+def _is_short(x: Tensor, side: int) -> bool:
+    """Whether this side of a matrix is the shorter one; of a square one the rows."""
+    return x.size(side) < x.size(1 - side) or (side == 0 and x.size(0) == x.size(1))
 
 
 def _nothing(x: Tensor, power: float) -> Tensor:

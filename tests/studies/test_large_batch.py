@@ -13,6 +13,7 @@ from rotated_adam import RotatedAdam, Soap
 from torch import Tensor, nn
 from whitened_polar import STATISTICS, WhitenedPolar, inverse_power
 
+from sophia import Sophia
 from sophia.lab.config.run import Model
 from sophia.lab.models import build
 from sophia.step.hidden_matrices import hidden_matrices
@@ -64,16 +65,24 @@ def test_the_factors_of_one_gradient_turn_its_singular_values_as_the_powers_say(
         assert found.std() / found.mean() < 0.2
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
-def test_a_run_goes_on_from_its_state(statistics: str) -> None:
+@pytest.mark.parametrize(
+    ("statistics", "sides", "rest"),
+    [
+        *((each, "both", "adamw") for each in STATISTICS),
+        ("gradients", "short", "rotated"),
+        ("gradients", "mixed", "factored"),
+    ],
+)
+def test_a_run_goes_on_from_its_state(statistics: str, sides: str, rest: str) -> None:
     """Else a comparison that was stopped would end elsewhere than one that was not."""
+    settings = {"statistics": statistics, "sides": sides, "rest": rest, "every": 2, "outputs": 0.9}
     one, two = tiny(), tiny()
-    whole = candidate(one, statistics=statistics, every=2, outputs=0.9)
-    first = candidate(two, statistics=statistics, every=2, outputs=0.9)
+    whole = candidate(one, **settings)
+    first = candidate(two, **settings)
     for number in range(6):
         if number == 3:
             state = first.state_dict()
-            first = candidate(two, statistics=statistics, every=2, outputs=0.9)
+            first = candidate(two, **settings)
             first.load_state_dict(state)
         for model, optimizer in ((one, whole), (two, first)):
             backward(model, seed=number)
@@ -179,3 +188,29 @@ def test_products_with_the_gauss_newton_matrix_are_those_of_the_dense_one() -> N
     (solved,) = gauss_newton_solve.conjugate_gradients(products, [x], mu=mu, iterations=200)
     exact = torch.linalg.solve(dense + mu * torch.eye(len(dense), dtype=torch.float64), x.flatten())
     torch.testing.assert_close(solved.flatten(), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_the_mixed_candidate_is_the_library_rule() -> None:
+    """Else what was measured would not be what is shipped: the same steps for hidden matrices."""
+    one, two = tiny().double(), tiny().double()
+    study = candidate(
+        one, lr=0.015, rest_lr=0.01, sides="mixed", inside=0.125, outside=0.125, beta1=0.8, damping=1e-4
+    )
+    shipped = Sophia(two, lr=0.01, rule="whitened", weight_decay=0.0)
+    hidden = hidden_matrices(two)
+    for number in range(7):
+        one.zero_grad()
+        backward(one, seed=number)
+        for p, q in zip(one.parameters(), two.parameters(), strict=True):
+            q.grad = p.grad.clone()  # the rest of the model moves apart: AdamW here, factored there
+        study.step()
+        shipped.step()
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        if id(q) in hidden:
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("wrong", [{"statistics": "h"}, {"sides": "long"}, {"rest": "sgd"}])
+def test_what_there_is_not_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        candidate(tiny(), **wrong)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from sophia.step.polar import polar_of
-from sophia.step.second_moments import KroneckerFactor, RotatedSecondMoment, SecondMoments
+from sophia.step.second_moments import Factored, SecondMoments, Whitened
 from sophia.update_rule import clipped_direction, damped_direction, spectral_direction
 
-__all__ = ["DAMPED", "PAPER", "ROTATED", "RULES", "SPECTRAL", "WHITENED", "Rule", "StepSettings"]
+__all__ = ["DAMPED", "FACTORED", "PAPER", "RULES", "SPECTRAL", "WHITENED", "Rule", "StepSettings"]
 
 
 class StepSettings(NamedTuple):
@@ -154,31 +154,32 @@ SPECTRAL = Rule(
 )
 """Singular values of hidden matrices bounded, whitened by rows and columns of h."""
 
-ROTATED = Rule(
-    "rotated",
+FACTORED = Rule(
+    "factored",
     None,
     betas=(0.8, 0.95),
-    statistics=RotatedSecondMoment(),
+    statistics=Factored(power=1 / 2),
+    damping=1e-6,
     update_every=5,
     starts_corrected=True,
     needs_whole=True,
     kind_scales=(0.05, 1.0),
 )
-"""Adam in the eigenbasis of the short side of a matrix."""
+"""Adam with a factored second moment, whole on the short side of a matrix."""
 
 WHITENED = Rule(
     "whitened",
     None,
     betas=(0.9, 0.9),
-    statistics=KroneckerFactor(power=1 / 8),
+    statistics=Whitened(power=1 / 8),
     damping=1e-4,
     update_every=5,
     starts_corrected=True,
     needs_whole=True,
     kind_scales=(0.3, 1.0),
-    otherwise=ROTATED,
+    otherwise=FACTORED,
 )
 """Singular values of hidden matrices bounded, whitened by second moments of their gradients."""
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (PAPER, DAMPED, SPECTRAL, WHITENED, ROTATED)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (PAPER, DAMPED, SPECTRAL, WHITENED, FACTORED)}
 """By the name that a group holds: any format of checkpoints carries a string."""

@@ -5,7 +5,7 @@ Equations in ``update_rule.py``. All that is kept starts at zero and lies in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,15 +14,14 @@ from torch import Tensor
 from sophia.step.polar import polar_of
 from sophia.update_rule import (
     average_second_moment,
-    eigenbasis,
+    factored_direction,
     inverse_power,
     look_ahead,
-    rotated_direction,
     short_side_first,
     whitened_direction,
 )
 
-__all__ = ["KroneckerFactor", "Moment", "RotatedSecondMoment", "SecondMoments"]
+__all__ = ["Factored", "Moment", "SecondMoments", "Whitened"]
 
 
 class Moment(NamedTuple):
@@ -52,23 +51,18 @@ class SecondMoments(Protocol):
 
 
 @dataclass(frozen=True)
-class KroneckerFactor:
-    """``whitened``: of the short side all second moments, of the long side the diagonal of this step's."""
+class Whitened:
+    """For hidden matrices: the short side's second moment and its root; the long side's are this step's."""
 
     power: float
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        short = min(shape)
-        return {"second_moment": (short, short), "root": (short, short)}
+        return _of_short_side(shape)
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        moment = kept["second_moment"]
-        moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
-        if seen.renews:
-            kept["root"].copy_(inverse_power(moment, power=self.power, damping=seen.damping))
         return whitened_direction(
             look_ahead(seen.m, seen.g, beta1=seen.beta1),
-            kept["root"].to(seen.m.dtype),
+            _renewed(kept, seen, self.power).to(seen.m.dtype),
             power=self.power,
             damping=seen.damping,
             polar_of=polar_of,
@@ -76,35 +70,36 @@ class KroneckerFactor:
 
 
 @dataclass(frozen=True)
-class RotatedSecondMoment:
-    """``rotated``: Adam in the eigenbasis of the short side; of what is no matrix, Adam."""
+class Factored:
+    """For other matrices: the short side's second moment and its root, and the long side's mean squares; the
+    second moment of every entry of what is no matrix.
+    """
+
+    power: float
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        whole = {"exp_avg_sq": tuple(shape)}
         if len(shape) != 2:
-            return whole
-        short = min(shape)
-        return {**whole, "second_moment": (short, short), "basis": (short, short)}
+            return {"exp_avg_sq": tuple(shape)}
+        return {**_of_short_side(shape), "mean_squares": (max(shape),)}
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        v, m = kept["exp_avg_sq"], seen.m / (1 - seen.beta1**seen.step)
-        basis = self._basis(kept, seen) if "basis" in kept else None
-        g = seen.g if basis is None else _rotated(seen.g, basis)
-        v.lerp_(g.square().to(v.dtype), 1 - seen.beta2)
+        m, whole = seen.m / (1 - seen.beta1**seen.step), "exp_avg_sq" in kept
+        v = kept["exp_avg_sq" if whole else "mean_squares"]
+        squares = seen.g.square() if whole else short_side_first(seen.g).square().mean(0)
+        v.lerp_(squares.to(v.dtype), 1 - seen.beta2)
         corrected = (v / (1 - seen.beta2**seen.step)).to(m.dtype)
-        if basis is None:
+        if whole:
             return m / (corrected.sqrt() + seen.eps)
-        return rotated_direction(m, corrected, basis, eps=seen.eps)
-
-    def _basis(self, kept: Mapping[str, Tensor], seen: Moment) -> Tensor:
-        moment = kept["second_moment"]
-        moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
-        if seen.renews:
-            kept["basis"].copy_(eigenbasis(moment))
-        return kept["basis"].to(seen.m.dtype)
+        return factored_direction(m, _renewed(kept, seen, self.power).to(m.dtype), corrected, eps=seen.eps)
 
 
-def _rotated(g: Tensor, basis: Tensor) -> Tensor:
-    x = short_side_first(g)
-    turned = basis.T @ x
-    return turned if x is g else turned.T
+def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    return {"second_moment": (min(shape), min(shape)), "root": (min(shape), min(shape))}
+
+
+def _renewed(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tensor:
+    moment = kept["second_moment"]
+    moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
+    if seen.renews:
+        kept["root"].copy_(inverse_power(moment, power=power, damping=seen.damping))
+    return kept["root"]
