@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if __name__ == "__main__":  # started as a script, to write the fingerprints
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 from needs import names_of, skip_if_probes_are_others
 from sophia.lab.config.run import Model
 from sophia.lab.models.build import gpt2

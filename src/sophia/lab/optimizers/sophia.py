@@ -185,7 +185,7 @@ CONTENDERS = (
             "weight_decay": DECAYS,
             WARMUP: WARMUPS,
         },
-        state_per_parameter=8,
+        state_per_parameter=6,
         parts=("whitened",),
         line='Sophia(model, rule="whitened")',
         line_has={"lr": 6e-4},
