@@ -146,14 +146,16 @@ def test_texts_in_the_package_name_files_that_exist():
     assert not lost
 
 
-def test_every_study_says_its_question_its_command_and_its_record():
+@pytest.mark.parametrize("readme", sorted((ROOT / "studies").glob("*/README.md")), ids=lambda p: p.parent.name)
+def test_every_study_says_its_question_its_command_and_its_record(readme):
     """A script whose answer nobody finds, or a record whose command nobody knows."""
-    readme = ROOT / "studies" / "own_rules" / "README.md"
-    text = readme.read_text()
-    scripts = {path.name for path in readme.parent.glob("*.py")} - {"cells.py"}
-    assert set(re.findall(r"`python studies/own_rules/(\w+\.py)", text)) == scripts
+    text, folder = readme.read_text(), readme.parent
+    scripts = {path.name for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    assert set(re.findall(rf"`python studies/{folder.name}/(\w+\.py)", text)) == scripts
+    protocols = {path.name for path in folder.glob("protocols/*.toml")}
+    assert protocols <= set(re.findall(r"protocols/([\w.-]+\.toml)", text))
     links = re.findall(r"\]\(([^)#]+)\)", text)
-    assert len(links) > 10
-    assert not [link for link in links if not (readme.parent / link).exists()]
+    assert len(links) > 2
+    assert not [link for link in links if not (folder / link).exists()]
     named = re.findall(r"(?:studies|results)/[\w/.-]+", text)
     assert not [path for path in named if not (ROOT / path).exists()]

@@ -63,8 +63,8 @@ class Sophia(torch.optim.Optimizer):
             parameters as for any optimizer of torch (decayed as there: all of a group).
         lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's: half of
             AdamW's tuned value for the published rule, the whole for the other two (``from_adamw``).
-        betas: decay of m a step, and of h a refresh. None: the paper's (0.96, 0.99), (0.9, 0.9) for the other
-            rules.
+        betas: decay of m a step, and of h a refresh, or of second moments a step. None: the paper's (0.96,
+            0.99), (0.9, 0.9) for the other rules, (0.8, 0.95) for ``"factored"``.
         gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official
             repository calls it rho. None: 0.05, and 0.2 for the other rules.
         eps: floor of the denominator ``gamma h``; above 0.
@@ -74,9 +74,11 @@ class Sophia(torch.optim.Optimizer):
         rule: ``"paper"``: Algorithm 3, or one of our own with the same buffers (equations in
             ``sophia.update_rule``, measurements in docs/research.md): ``"damped"``, element by element, or
             ``"spectral"``, which bounds the singular values of the steps of hidden matrices and needs them
-            whole: no shards.
-        damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``.
-        update_every: k, steps between two refreshes.
+            whole: no shards. ``"whitened"`` does that without curvature, from second moments of the gradients
+            (``"factored"`` moves what is no hidden matrix there): nothing is refreshed, docs/large-batch.md.
+        damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``. For
+            ``"whitened"`` what is added to eigenvalues, in units of their mean. None: the rule's own.
+        update_every: k, steps between two refreshes, or two decompositions for ``"whitened"``. None: 10; 5.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
             at least one. The paper takes a half; an eighth trained no worse, at a quarter of the cost
             (``sophia experiment fraction``).
@@ -105,7 +107,9 @@ class Sophia(torch.optim.Optimizer):
         differentiable: as there.
 
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
-    count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``.
+    count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``. A rule without
+    curvature has no h: beside m two square matrices of a matrix's short side, ``"second_moment"`` and its
+    ``"root"``.
 
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     >>> opt = Sophia(model, lr=1e-2)
