@@ -146,7 +146,9 @@ def test_texts_in_the_package_name_files_that_exist():
     assert not lost
 
 
-@pytest.mark.parametrize("readme", sorted((ROOT / "studies").glob("*/README.md")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "readme", sorted((ROOT / "studies").glob("*/README.md")), ids=lambda p: p.parent.name
+)
 def test_every_study_says_its_question_its_command_and_its_record(readme):
     """A script whose answer nobody finds, or a record whose command nobody knows."""
     text, folder = readme.read_text(), readme.parent

@@ -229,8 +229,9 @@ class Sophia(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if model is not None:
             self.attach(model)
-        elif owners:
+        elif owners and any(map(_has_curvature, self.param_groups)):
             self._begin_search(owners)
+        self._say_what_has_no_effect(estimator=estimator, likelihood=likelihood, fraction=fraction)
 
     @classmethod
     def from_adamw(
@@ -338,7 +339,7 @@ class Sophia(torch.optim.Optimizer):
     def _take_model(self, inner: nn.Module, group: Any, recorder: Recorder | None = None) -> None:
         self._model = inner
         self._refresher.group = group if self.process_group is None else self.process_group
-        if self.mode == "replay":
+        if self.mode == "replay" and any(map(_has_curvature, self.param_groups)):
             self._recorder = self._recorder_of(inner) if recorder is None else recorder
             self._recorder.hook()
             self._listen()
@@ -584,6 +585,11 @@ class Sophia(torch.optim.Optimizer):
         gradients in ``.grad``, buffers and random generators are as before afterwards. h changes when the
         block ends, and not at all if it raises.
         """
+        if not any(map(_has_curvature, self.param_groups)):
+            raise RuntimeError(
+                f"hessian_pass: rule={self.defaults['rule']!r} has no curvature, so there is nothing to "
+                "refresh. Leave the pass out, or take another rule"
+            )
         first = self.param_groups[0]
         with self._refresher.by_hand(
             self._model, self._with_curvature() or self._parameters(), seed=first["seed"], step=first["step"]
@@ -655,6 +661,18 @@ class Sophia(torch.optim.Optimizer):
             return  # its betas are Adam's
         if (message := adamws_betas_and_eps(named)) is not None:
             self._warn_once("adamw", message)
+
+    def _say_what_has_no_effect(self, **settings: Any) -> None:
+        """Of curvature, where no group has any."""
+        usual = {"estimator": "gnb", "likelihood": "categorical", "fraction": 1 / 8}
+        unusual = [f"{name}={value!r}" for name, value in settings.items() if value != usual[name]]
+        unusual += [n for n in ("logits_fn", "mask_fn", "batch_dim") if getattr(self, n) is not None]
+        if unusual and not any(map(_has_curvature, self.param_groups)):
+            self._warn_once(
+                "no effect",
+                f"{', '.join(unusual)} has no effect: it is about the curvature, and rule="
+                f"{self.defaults['rule']!r} has none. Leave it out, or take another rule",
+            )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -763,7 +781,8 @@ class Sophia(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
         rule = RULES[group["rule"]]
-        if not is_complete(state, parameter, rule):
+        # Asked for every tensor at every step: the usual case is cheap. A group may change its rule.
+        if "hessian" not in state if rule is PAPER else not is_complete(state, parameter, rule):
             add_what_is_missing(state, parameter, rule, self.state_dtype)
         return state
 

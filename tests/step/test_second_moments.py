@@ -163,6 +163,7 @@ def test_nothing_is_refreshed_and_the_model_is_not_run():
     assert (stats["refreshes"], stats["has_curvature"], stats["own_rule"]) == (0.0, 0.0, 1.0)
     assert advice(stats) == ""
     assert not any("hessian" in state for state in optimizer.state.values())
+    assert len(model._forward_hooks) == 1  # the test's
 
 
 def test_state_is_no_more_than_adamws():
@@ -260,6 +261,36 @@ def test_settings_that_are_not_given_are_each_rules_own():
     assert of["factored"]["betas"] == FACTORED.betas
     given = Sophia(GPT(), rule="whitened", betas=(0.7, 0.6))
     assert {group["betas"] for group in given.param_groups} == {(0.7, 0.6)}
+
+
+def test_what_is_unfrozen_late_begins_late():
+    """A root of zeros, by which it would not move until the group's next decomposition; or second moments
+    that are corrected by the group's steps and not by its own, which would make its first steps too long.
+    """
+    late, early = Block(), Block()
+    late.load_state_dict(early.state_dict())
+    opts = [Sophia(m, lr=0.01, rule="whitened", weight_decay=0.0) for m in (late, early)]
+    give(list(late.parameters()), noise_like(list(late.parameters()), 9))
+    for p in (late.up.weight, late.head.weight, late.norm.weight):
+        p.grad = None  # frozen for the first steps
+    for _ in range(3):
+        opts[0].step()
+    for number in range(4):
+        for model, optimizer in ((late, opts[0]), (early, opts[1])):
+            give(list(model.parameters()), noise_like(list(model.parameters()), number))
+            optimizer.step()
+    for name in ("up", "head", "norm"):
+        assert torch.equal(getattr(late, name).weight, getattr(early, name).weight), name
+    assert not torch.equal(late.down.weight, early.down.weight)
+
+
+def test_settings_of_curvature_have_no_effect_and_are_told():
+    """A user who asks for Hutchinson and gets a rule that never looks at it."""
+    with pytest.warns(match=r"estimator='hutchinson', mask_fn has no effect: .*rule='whitened' has none"):
+        Sophia(GPT(), rule="whitened", estimator="hutchinson", mask_fn=lambda *a: None)
+    optimizer = Sophia(GPT(), rule="whitened")
+    with pytest.raises(RuntimeError, match="nothing to refresh"), optimizer.hessian_pass():
+        pass
 
 
 def test_maximize_climbs():

@@ -109,8 +109,7 @@ def _settings(group: Mapping[str, Any], rule: Rule, *, compiling: bool, stochast
         started(beta1, step=coming_step(group)) if rule.starts_corrected else 1.0,
         stochastic,
         float(group["betas"][1]),
-        coming_step(group),
-        not rule.has_curvature and (coming_step(group) - 1) % group["update_every"] == 0,
+        group["update_every"],
     )
 
 

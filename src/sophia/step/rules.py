@@ -49,10 +49,8 @@ class StepSettings(NamedTuple):
     """Round parameters in bfloat16 stochastically as well as state; needs keys."""
     beta2: float = 0.0
     """Decay of second moments, a step."""
-    step: int = 1
-    """Of the group, from 1."""
-    renews: bool = False
-    """Whether decompositions of second moments are due."""
+    every: int = 1
+    """Steps between two decompositions of second moments."""
 
 
 @dataclass(frozen=True, eq=False)  # one object a rule: compared by identity, at every step

@@ -32,10 +32,8 @@ class Moment(NamedTuple):
     """Of which g is part already."""
     beta1: float
     beta2: float
-    step: int
-    """From 1."""
-    renews: bool
-    """Whether the decompositions are due."""
+    every: int
+    """Steps between two decompositions."""
     damping: float
     eps: float
 
@@ -47,7 +45,9 @@ class SecondMoments(Protocol):
         """What is kept for a parameter of this shape, by its name in the state."""
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        """Renew what is kept, in place, and return the direction of the step."""
+        """Renew what is kept, in place, and return the direction of the step. ``kept["steps"]`` counts this
+        one: the parameter's own steps, as one that is unfrozen late begins late.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,29 @@ class Factored:
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if len(shape) != 2:
-            return {"exp_avg_sq": tuple(shape)}
+            return {"steps": (), "exp_avg_sq": tuple(shape)}
         return {**_of_short_side(shape), "mean_squares": (max(shape),)}
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        m, whole = seen.m / (1 - seen.beta1**seen.step), "exp_avg_sq" in kept
+        steps, whole = int(kept["steps"]), "exp_avg_sq" in kept
+        m = seen.m / (1 - seen.beta1**steps)
         v = kept["exp_avg_sq" if whole else "mean_squares"]
         squares = seen.g.square() if whole else short_side_first(seen.g).square().mean(0)
         v.lerp_(squares.to(v.dtype), 1 - seen.beta2)
-        corrected = (v / (1 - seen.beta2**seen.step)).to(m.dtype)
+        corrected = (v / (1 - seen.beta2**steps)).to(m.dtype)
         if whole:
             return m / (corrected.sqrt() + seen.eps)
         return factored_direction(m, _renewed(kept, seen, self.power).to(m.dtype), corrected, eps=seen.eps)
 
 
 def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    return {"second_moment": (min(shape), min(shape)), "root": (min(shape), min(shape))}
+    square = (min(shape), min(shape))
+    return {"steps": (), "second_moment": square, "root": square}
 
 
 def _renewed(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tensor:
     moment = kept["second_moment"]
     moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
-    if seen.renews:
+    if (int(kept["steps"]) - 1) % seen.every == 0:
         kept["root"].copy_(inverse_power(moment, power=power, damping=seen.damping))
     return kept["root"]

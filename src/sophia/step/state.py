@@ -17,7 +17,7 @@ __all__ = ["RMS", "add_what_is_missing", "check_origin", "is_complete", "other_s
 RMS = "momentum_rms"
 """Of a tensor whose rule keeps it: one number, see ``update_rule.usual_size``."""
 
-_OF_OTHER_RULES = ("hessian", "second_moment", "root", "mean_squares", "exp_avg_sq")
+_OF_OTHER_RULES = ("hessian", "steps", "second_moment", "root", "mean_squares", "exp_avg_sq")
 """Left by a rule that a group had before; not loaded."""
 
 _FOREIGN = (
@@ -42,7 +42,9 @@ def add_what_is_missing(
     for name, shape in _kept(rule, parameter).items():
         if name not in state:
             exact = torch.promote_types(wide, torch.float32)
-            state[name] = torch.zeros(shape, dtype=exact, device=parameter.device)
+            # The count stays on the processor, where it is read at every step.
+            device = parameter.device if name != "steps" else None
+            state[name] = torch.zeros(shape, dtype=exact, device=device)
     if RMS not in state and rule.keeps_rms:
         state[RMS] = _number(parameter, dtype)
 

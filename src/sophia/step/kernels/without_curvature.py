@@ -32,8 +32,8 @@ def step(
         wide = torch.promote_types(torch.promote_types(param.dtype, exp_avg.dtype), torch.float32)
         g = (-grad if s.maximize else grad).to(wide)
         m = average_gradient(exp_avg.to(wide), g, beta1=s.beta1)
-        seen = Moment(g, m, s.beta1, s.beta2, s.step, s.renews, s.damping, s.eps)
-        direction = statistics.direction(kept, seen)
+        kept["steps"] += 1
+        direction = statistics.direction(kept, Moment(g, m, s.beta1, s.beta2, s.every, s.damping, s.eps))
         lr = s.lr.to(torch.promote_types(s.lr.dtype, wide)) if isinstance(s.lr, Tensor) else s.lr
         theta = param.to(wide) * (1 - lr * s.weight_decay) - lr * s.scale * direction
         key = None if keys is None else keys[i]
