@@ -210,7 +210,7 @@ def test_vectors_in_disguise_are_not_decayed():
 
 
 SIGNATURE = """model_or_params, lr=0.0006, *by_position, betas=None, gamma=None, eps=1e-12, weight_decay=0.1,
-model=None, rule='paper', damping=0.5, update_every=10, fraction=0.125, batch_dim=None, estimator='gnb',
+model=None, rule='paper', damping=None, update_every=None, fraction=0.125, batch_dim=None, estimator='gnb',
 likelihood='categorical', mode='replay', seed=0, logits_fn=None, mask_fn=None, copy_inputs=False,
 process_group=None, state_dtype=torch.float32, stochastic_rounding=False, maximize=False,
 foreach=None, fused=None, capturable=False, differentiable=False"""
