@@ -109,7 +109,7 @@ class Sophia(torch.optim.Optimizer):
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
     count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``. A rule without
     curvature has no h: beside m two square matrices of a matrix's short side, ``"second_moment"`` and its
-    ``"root"``.
+    eigenvectors, ``"basis"``.
 
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     >>> opt = Sophia(model, lr=1e-2)

@@ -75,6 +75,7 @@ __all__ = [
     "clipped_direction",
     "corrected_gamma",
     "damped_direction",
+    "eigenbasis",
     "factored_direction",
     "inverse_power",
     "look_ahead",
@@ -273,22 +274,33 @@ def factored_direction(m: Tensor, root: Tensor, r: Tensor, *, eps: float) -> Ten
     return d if x is m else d.T
 
 
-def inverse_power(moment: Tensor, *, power: float, damping: float) -> Tensor:
-    """Return ``(M / its mean eigenvalue + damping)^-power`` of a symmetric matrix, (n, n), whose eigenvalues
-    are not negative.
+def inverse_power(moment: Tensor, basis: Tensor, *, power: float, damping: float) -> Tensor:
+    """Return ``Q (diag(Q' M Q) / its mean + damping)^-power Q'``: the inverse power of a symmetric matrix
+    whose eigenvalues are not negative, with eigenvectors that may be a few steps old.
 
-    Decomposed in float64: they span twice the orders of magnitude of the singular values.
+    Args:
+        moment: M, (n, n).
+        basis: Q, (n, n), ``eigenbasis`` of M or of an M of some steps before.
+        power: of the eigenvalues, relative to their mean.
+        damping: added to them.
 
     >>> import torch
-    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), power=0.5, damping=0.0)
+    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), torch.eye(3), power=0.5, damping=0.0)
     tensor([[0.7071, 0.0000, 0.0000],
             [0.0000, 1.4142, 0.0000],
             [0.0000, 0.0000, 1.4142]])
     """
-    decomposed = torch.linalg.eigh(moment.double())
-    vectors: Tensor = decomposed.eigenvectors
-    relative = _relative(decomposed.eigenvalues.clamp(min=0), damping)
-    return ((vectors * relative**-power) @ vectors.T).to(moment.dtype)
+    values = ((moment @ basis) * basis).sum(0).clamp(min=0)
+    return (basis * _relative(values, damping) ** -power) @ basis.T
+
+
+def eigenbasis(moment: Tensor) -> Tensor:
+    """Return the eigenvectors of a symmetric matrix, (n, n), as columns.
+
+    Decomposed in float64: eigenvalues span twice the orders of magnitude of the singular values.
+    """
+    vectors: Tensor = torch.linalg.eigh(moment.double()).eigenvectors
+    return vectors.to(moment.dtype)
 
 
 def short_side_first(x: Tensor) -> Tensor:

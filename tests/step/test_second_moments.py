@@ -34,9 +34,10 @@ class Block(nn.Module):
         return self.head(self.norm(self.down(self.up(self.embedding(x)).relu())))
 
 
-def power(matrix, p, damping):
-    values, vectors = np.linalg.eigh(matrix)
-    return vectors @ np.diag((values / values.mean() + damping) ** p) @ vectors.T
+def power(matrix, basis, p, damping):
+    """Of a symmetric matrix, with the eigenvectors of another step."""
+    values = np.einsum("ij,ik,kj->j", basis, matrix, basis)
+    return basis @ np.diag((values / values.mean() + damping) ** p) @ basis.T
 
 
 class Whitened:
@@ -52,11 +53,12 @@ class Whitened:
         u, g = (u.T, g.T) if flip else (u, g)
         self.moment = 0.9 * self.moment + 0.1 * g @ g.T
         if number % 5 == 0:
-            self.root = power(self.moment, -1 / 8, 1e-4)
+            self.basis = np.linalg.eigh(self.moment)[1]
+        root = power(self.moment, self.basis, -1 / 8, 1e-4)
         mean = (u**2).mean(0)
         columns = (mean / mean.mean() + 1e-4) ** (-1 / 8)
-        left, _, right = np.linalg.svd(self.root @ u * columns, full_matrices=False)
-        d = self.root @ (left @ right) * columns
+        left, _, right = np.linalg.svd(root @ u * columns, full_matrices=False)
+        d = root @ (left @ right) * columns
         d = d.T if flip else d
         self.theta = self.theta * (1 - lr * 0.1) - 0.3 * lr * d / np.sqrt((d**2).mean())
 
@@ -78,9 +80,10 @@ class Factored:
             g, m = (g.T, m.T) if flip else (g, m)
             self.moment = 0.95 * self.moment + 0.05 * g @ g.T
             if number % 5 == 0:
-                self.root = power(self.moment, -1 / 2, 1e-6)
+                self.basis = np.linalg.eigh(self.moment)[1]
+            root = power(self.moment, self.basis, -1 / 2, 1e-6)
             self.v = 0.95 * self.v + 0.05 * (g**2).mean(0)
-            d = self.root @ m / (np.sqrt(self.v / started) + 1e-12)
+            d = root @ m / (np.sqrt(self.v / started) + 1e-12)
             d = d.T if flip else d
         self.theta = self.theta * (1 - lr * self.decay) - lr * d
 
@@ -167,7 +170,7 @@ def test_nothing_is_refreshed_and_the_model_is_not_run():
 
 
 def test_state_is_no_more_than_adamws():
-    """The moment of the short side and its root count: with GPT-2's shapes that is below 8 bytes a number."""
+    """The short side's moment and eigenvectors count: with GPT-2's shapes that is below 8 bytes a number."""
     width = 32
     block = nn.ModuleList(
         [nn.Linear(width, n * width, bias=False) for n in (3, 1, 4)]

@@ -194,9 +194,10 @@ def test_the_mixed_candidate_is_the_library_rule() -> None:
     """Else what was measured would not be what is shipped: the same steps for hidden matrices."""
     one, two = tiny().double(), tiny().double()
     study = candidate(
-        one, lr=0.015, rest_lr=0.01, sides="mixed", inside=0.125, outside=0.125, beta1=0.8, damping=1e-4
+        one, lr=0.015, rest_lr=0.01, sides="mixed", inside=0.125, outside=0.125, beta1=0.8, every=1
     )
-    shipped = Sophia(two, lr=0.01, rule="whitened", weight_decay=0.0)
+    # At every step, as the rule renews its eigenvalues then and the candidate with its eigenvectors alone.
+    shipped = Sophia(two, lr=0.01, rule="whitened", weight_decay=0.0, update_every=1)
     hidden = hidden_matrices(two)
     for number in range(7):
         one.zero_grad()

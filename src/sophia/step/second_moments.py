@@ -14,6 +14,7 @@ from torch import Tensor
 from sophia.step.polar import polar_of
 from sophia.update_rule import (
     average_second_moment,
+    eigenbasis,
     factored_direction,
     inverse_power,
     look_ahead,
@@ -52,7 +53,7 @@ class SecondMoments(Protocol):
 
 @dataclass(frozen=True)
 class Whitened:
-    """For hidden matrices: the short side's second moment and its root; the long side's are this step's."""
+    """For hidden matrices: the short side's second moment and its eigenvectors; of the long side nothing."""
 
     power: float
 
@@ -62,7 +63,7 @@ class Whitened:
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
         return whitened_direction(
             look_ahead(seen.m, seen.g, beta1=seen.beta1),
-            _renewed(kept, seen, self.power).to(seen.m.dtype),
+            _root(kept, seen, self.power),
             power=self.power,
             damping=seen.damping,
             polar_of=polar_of,
@@ -71,8 +72,8 @@ class Whitened:
 
 @dataclass(frozen=True)
 class Factored:
-    """For other matrices: the short side's second moment and its root, and the long side's mean squares; the
-    second moment of every entry of what is no matrix.
+    """For other matrices: the short side's second moment and its eigenvectors, and the long side's mean
+    squares; the second moment of every entry of what is no matrix.
     """
 
     power: float
@@ -91,17 +92,18 @@ class Factored:
         corrected = (v / (1 - seen.beta2**steps)).to(m.dtype)
         if whole:
             return m / (corrected.sqrt() + seen.eps)
-        return factored_direction(m, _renewed(kept, seen, self.power).to(m.dtype), corrected, eps=seen.eps)
+        return factored_direction(m, _root(kept, seen, self.power), corrected, eps=seen.eps)
 
 
 def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     square = (min(shape), min(shape))
-    return {"steps": (), "second_moment": square, "root": square}
+    return {"steps": (), "second_moment": square, "basis": square}
 
 
-def _renewed(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tensor:
-    moment = kept["second_moment"]
+def _root(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tensor:
+    moment, basis = kept["second_moment"], kept["basis"]
     moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
     if (int(kept["steps"]) - 1) % seen.every == 0:
-        kept["root"].copy_(inverse_power(moment, power=power, damping=seen.damping))
-    return kept["root"]
+        basis.copy_(eigenbasis(moment))
+    # The eigenvalues are this step's: with those of the last decomposition a run ends 0.02 to 0.04 higher.
+    return inverse_power(moment, basis, power=power, damping=seen.damping).to(seen.m.dtype)
