@@ -42,7 +42,7 @@ HISTORY: Mapping[str, tuple[str, ...]] = {
         "5c3e163 whitened polar factor; what is no hidden matrix by the damped rule of the time",
         "74cf91d what is no hidden matrix: floor by the rms of the step before (2026-11-24)",
     ),
-    "whitened": ("210b8dc whitened polar factor; what is no hidden matrix by a factored second moment",),
+    "whitened": ("6c8a704 whitened polar factor; what is no hidden matrix by a factored second moment",),
 }
 """For each part a line for each version, from the first: the commit, and what it changed."""
 
