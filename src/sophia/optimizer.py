@@ -67,7 +67,7 @@ class Sophia(torch.optim.Optimizer):
             0.99), (0.9, 0.9) for the other rules, (0.8, 0.95) for ``"factored"``.
         gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official
             repository calls it rho. None: 0.05, and 0.2 for the other rules.
-        eps: floor of the denominator ``gamma h``; above 0.
+        eps: floor of the denominator ``gamma h``; above 0. None: 1e-12; 1e-8, Adam's, without curvature.
         weight_decay: decoupled, times lr.
         model: the module whose training forwards are recorded: the one that is really called and returns
             logits. None: of the modules that own the parameters, the outermost that is called in training.
@@ -129,7 +129,7 @@ class Sophia(torch.optim.Optimizer):
         *by_position: Never,
         betas: tuple[float, float] | None = None,
         gamma: float | None = None,
-        eps: float = 1e-12,
+        eps: float | None = None,
         weight_decay: float = 0.1,
         model: nn.Module | None = None,
         rule: str = "paper",
@@ -167,6 +167,7 @@ class Sophia(torch.optim.Optimizer):
         betas = by.betas if betas is None else betas
         gamma = by.gamma if gamma is None else gamma
         damping = by.damping if damping is None else damping
+        eps = by.eps if eps is None else eps
         update_every = by.update_every if update_every is None else update_every
         # Not float16: an h of 1e-8 would be zero in it.
         check_option("state_dtype", state_dtype, (torch.float32, torch.float64, torch.bfloat16))

@@ -209,7 +209,7 @@ def test_vectors_in_disguise_are_not_decayed():
     assert {gain, "raw_lengthscale"} <= by_decay[0.0]
 
 
-SIGNATURE = """model_or_params, lr=0.0006, *by_position, betas=None, gamma=None, eps=1e-12, weight_decay=0.1,
+SIGNATURE = """model_or_params, lr=0.0006, *by_position, betas=None, gamma=None, eps=None, weight_decay=0.1,
 model=None, rule='paper', damping=None, update_every=None, fraction=0.125, batch_dim=None, estimator='gnb',
 likelihood='categorical', mode='replay', seed=0, logits_fn=None, mask_fn=None, copy_inputs=False,
 process_group=None, state_dtype=torch.float32, stochastic_rounding=False, maximize=False,

@@ -74,7 +74,7 @@ class Factored:
         m, started = self.m / (1 - 0.8 ** (number + 1)), 1 - 0.95 ** (number + 1)
         if g.ndim == 1:
             self.v = 0.95 * self.v + 0.05 * g**2
-            d = m / (np.sqrt(self.v / started) + 1e-12)
+            d = m / (np.sqrt(self.v / started) + 1e-8)
         else:
             flip = g.shape[0] > g.shape[1]
             g, m = (g.T, m.T) if flip else (g, m)
@@ -83,7 +83,7 @@ class Factored:
                 self.basis = np.linalg.eigh(self.moment)[1]
             root = power(self.moment, self.basis, -1 / 2, 1e-6)
             self.v = 0.95 * self.v + 0.05 * (g**2).mean(0)
-            d = root @ m / (np.sqrt(self.v / started) + 1e-12)
+            d = root @ m / (np.sqrt(self.v / started) + 1e-8)
             d = d.T if flip else d
         self.theta = self.theta * (1 - lr * self.decay) - lr * d
 

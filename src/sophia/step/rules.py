@@ -71,6 +71,8 @@ class Rule:
     """What stands for h where a rule has no curvature: then nothing is refreshed."""
     damping: float = 0.5
     """Default floor: of gamma h, in units of the rms of u; of eigenvalues, in units of their mean."""
+    eps: float = 1e-12
+    """Default floor of gamma h; without curvature what is added to the root of second moments."""
     update_every: int = 10
     """Default steps between two refreshes, or two decompositions."""
     lr_over_adamw: float = 1.0
@@ -158,6 +160,7 @@ FACTORED = Rule(
     betas=(0.8, 0.95),
     statistics=Factored(power=1 / 2),
     damping=1e-6,
+    eps=1e-8,
     update_every=5,
     starts_corrected=True,
     needs_whole=True,
@@ -171,6 +174,7 @@ WHITENED = Rule(
     betas=(0.9, 0.9),
     statistics=Whitened(power=1 / 8),
     damping=1e-4,
+    eps=1e-8,
     update_every=5,
     starts_corrected=True,
     needs_whole=True,
