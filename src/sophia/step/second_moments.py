@@ -105,5 +105,5 @@ def _root(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tens
     moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
     if (int(kept["steps"]) - 1) % seen.every == 0:
         basis.copy_(eigenbasis(moment))
-    # The eigenvalues are this step's: with those of the last decomposition a run ends 0.02 to 0.04 higher.
+    # The eigenvalues are this step's, at 2 n^3: they move faster than the eigenvectors, above all at first.
     return inverse_power(moment, basis, power=power, damping=seen.damping).to(seen.m.dtype)
