@@ -85,12 +85,11 @@ def test_mean_is_the_diagonal_of_the_hessian_of_a_model():
     )
     exact = torch.cat([by_name[name].flatten() for name, _ in model.named_parameters()])
     assert (exact < 0).any()
-    # The error of 8 means of 500 probes is told by their own spread, whatever bernoulli_ of this torch draws:
-    # in the norm it is the standard error on average, and 2.5 times it as good as never.
-    means = torch.stack([mean_estimate(model, (x, y), "hutchinson", 500, seed=seed) for seed in range(8)])
-    error, standard = (means.mean(0) - exact).norm(), (means.std(0) / 8**0.5).norm()
-    assert float(standard / exact.norm()) < 0.08  # or it would see nothing
-    assert float(error / standard) < 2.5
+    # Twice the probes that torch 2.13 needs, as the bernoulli_ of 2.6 draws others.
+    means = torch.stack([mean_estimate(model, (x, y), "hutchinson", 500, seed=seed) for seed in range(16)])
+    error, standard = (means.mean(0) - exact).norm(), (means.std(0) / 16**0.5).norm()
+    assert float(error / exact.norm()) < 0.05
+    assert float(error / standard) < 2.5  # the spread of the means tells what error there is: no bias beside it
 
 
 def test_micro_batches_are_weighted_by_what_they_count():

@@ -425,8 +425,9 @@ def test_two_optimizers_over_parts_of_one_model():
 # ---- errors ----
 
 
-def test_nobody_owns_all():
+def test_nobody_owns_all(monkeypatch):
     """Two models under one optimizer: the refresh would run half of what is trained."""
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)  # whoever froze the collector before, it is said
     encoder, decoder = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), Generator()
     parameters = [*encoder.parameters(), *decoder.parameters()]
     with pytest.raises(
@@ -435,7 +436,7 @@ def test_nobody_owns_all():
         r"(Sequential|Generator) holds 4 of 8\).*one that holds them all",
     ):
         Sophia(parameters)
-    with pytest.raises(ValueError, match=r"all 1 of them \(no module alive holds any[;)]"):
+    with pytest.raises(ValueError, match=r"all 1 of them \(no module alive holds any\)"):
         Sophia([nn.Parameter(torch.ones(2))])
     assert hooked(encoder) == hooked(decoder) == []
 
