@@ -40,7 +40,14 @@ from sophia.step.kernels.average_curvature import average
 from sophia.step.named_groups import groups_by_name
 from sophia.step.rounding import key_of_parameter, moved
 from sophia.step.rules import PAPER, RULES
-from sophia.step.state import add_what_is_missing, check_origin, is_complete, other_settings, restore_state
+from sophia.step.state import (
+    RMS,
+    add_what_is_missing,
+    check_origin,
+    is_complete,
+    other_settings,
+    restore_state,
+)
 from sophia.step.whole_tensors import check_whole, rms_of_whole_tensors
 
 __all__ = ["Sophia"]
@@ -782,8 +789,9 @@ class Sophia(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
         rule = RULES[group["rule"]]
-        # Asked for every tensor at every step: the usual case is cheap. A group may change its rule.
-        if "hessian" not in state if rule is PAPER else not is_complete(state, parameter, rule):
+        # Asked for every tensor at every step: the usual case first. A group may change its rule.
+        usual = rule.statistics is None and "hessian" in state and (rule is PAPER or RMS in state)
+        if not usual and not is_complete(state, parameter, rule):
             add_what_is_missing(state, parameter, rule, self.state_dtype)
         return state
 

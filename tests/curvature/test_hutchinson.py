@@ -89,7 +89,7 @@ def test_mean_is_the_diagonal_of_the_hessian_of_a_model():
     means = torch.stack([mean_estimate(model, (x, y), "hutchinson", 500, seed=seed) for seed in range(16)])
     error, standard = (means.mean(0) - exact).norm(), (means.std(0) / 16**0.5).norm()
     assert float(error / exact.norm()) < 0.05
-    assert float(error / standard) < 2.5  # the spread of the means tells what error there is: no bias beside it
+    assert float(error / standard) < 2.5  # what the spread of the means leaves: no bias
 
 
 def test_micro_batches_are_weighted_by_what_they_count():

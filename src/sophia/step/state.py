@@ -50,7 +50,7 @@ def add_what_is_missing(
 
 
 def is_complete(state: Mapping[str, Tensor], parameter: Tensor, rule: Rule) -> bool:
-    """Whether all buffers are there: a group may change its rule. Asked for every tensor at every step."""
+    """Whether all buffers are there: a group may change its rule."""
     if not state:
         return False
     by = rule.moving(parameter)

@@ -6,7 +6,6 @@ foreach            few passes over lists of dense tensors
 damped_blocks      the damped rule, dense tensors on a CPU
 fused_cpu          one pass, compiled, on a CPU; for the damped rule too
 fused_cuda         one launch, in Triton, on a GPU; by fused=True alone
-without_curvature  rules without curvature, one tensor after another
 average_curvature  the average of h
 
 The arithmetic is that of float32, or of float64 where the parameter or its state has it. Half-precision
@@ -22,14 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia.step.kernels import (
-    damped_blocks,
-    foreach,
-    fused_cpu,
-    fused_cuda,
-    single_tensor,
-    without_curvature,
-)
+from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor
 from sophia.step.rules import Rule
 
 __all__ = ["choose"]
@@ -42,9 +34,7 @@ def choose(rule: Rule, group: Mapping[str, Any], lr: float | Tensor, row: tuple[
     As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never
     this path) or None (choose).
     """
-    if not rule.has_curvature:
-        return without_curvature
-    if group["differentiable"]:
+    if group["differentiable"] or not rule.has_curvature:
         return single_tensor
     number = not isinstance(lr, Tensor)
     # Asked for every tensor at every step: the cheap conditions come first.
