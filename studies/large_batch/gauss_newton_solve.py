@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rest_of_the_model import by_adamw, hidden_names
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sophia.lab.optimizers import adamw
 from sophia.lab.optimizers.pair import Pair
-from sophia.step.hidden_matrices import hidden_matrices
 from sophia.update_rule import look_ahead, rms
 
 __all__ = ["BlockProducts", "GaussNewton", "conjugate_gradients"]
@@ -47,14 +46,9 @@ class GaussNewton(Pair):
     }
 
     def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
-        hidden = hidden_matrices(model)
-        inner = {name for name, p in model.named_parameters() if id(p) in hidden}
-        rest = {"lr": rest_lr, "beta1": s.pop("beta1"), "beta2": s.pop("beta2"), "eps": 1e-8}
-        rest["weight_decay"] = s["weight_decay"]
-        super().__init__(
-            _Solved(model, sorted(inner), lr=lr, **s),
-            adamw.build(model, rest, seed, only=lambda name: name not in inner),
-        )
+        rest = by_adamw(model, rest_lr, s)
+        of_solve = {name: value for name, value in s.items() if name not in ("beta1", "beta2")}
+        super().__init__(_Solved(model, sorted(hidden_names(model)), lr=lr, **of_solve), rest)
 
 
 class _Solved(Optimizer):

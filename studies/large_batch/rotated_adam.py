@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from rest_of_the_model import by_adamw, hidden_names
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sophia.lab.optimizers import adamw
 from sophia.lab.optimizers.contender import matrices_decayed
 from sophia.lab.optimizers.pair import Pair
-from sophia.step.hidden_matrices import hidden_matrices
 from sophia.step.polar import polar_of
 from sophia.update_rule import rms
 
@@ -134,12 +133,10 @@ class Soap(Pair):
     }
 
     def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
-        hidden = hidden_matrices(model)
-        inner = {name for name, p in model.named_parameters() if id(p) in hidden}
-        rest = {"lr": rest_lr, "beta1": s["beta1"], "beta2": s["beta2"], "eps": 1e-8}
+        hidden = hidden_names(model)
         super().__init__(
             RotatedAdam(
-                matrices_decayed(model, s, only=lambda name: name in inner),
+                matrices_decayed(model, s, only=lambda name: name in hidden),
                 lr=lr,
                 betas=(s["momentum"], s["second"]),
                 average=s["average"],
@@ -147,12 +144,7 @@ class Soap(Pair):
                 sides="both",
                 polar=s["polar"],
             ),
-            adamw.build(
-                model,
-                {**rest, "weight_decay": s["weight_decay"]},
-                seed,
-                only=lambda name: name not in inner,
-            ),
+            by_adamw(model, rest_lr, s),
         )
 
 

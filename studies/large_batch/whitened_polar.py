@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 from passes import Passes
+from rest_of_the_model import by_adamw, hidden_names
 from rotated_adam import RotatedAdam
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sophia.lab.optimizers import adamw
 from sophia.lab.optimizers.contender import matrices_decayed
 from sophia.lab.optimizers.pair import Pair
 from sophia.step.hidden_matrices import hidden_matrices
 from sophia.step.polar import polar_of
-from sophia.update_rule import look_ahead, rms
+from sophia.update_rule import eigenbasis, inverse_power, look_ahead, rms
 
-__all__ = ["STATISTICS", "HiddenMatrices", "WhitenedPolar", "inverse_power"]
+__all__ = ["STATISTICS", "HiddenMatrices", "WhitenedPolar"]
 
 SIDES = ("both", "short", "mixed")
 STATISTICS = ("none", "momentum", "gradients", "training-labels", "sampled-labels")
@@ -63,32 +63,26 @@ class WhitenedPolar(Pair):
     }
 
     def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
-        beta1, beta2, rest = s.pop("beta1"), s.pop("beta2"), s.pop("rest")
+        of_rest = {name: s.pop(name) for name in ("beta1", "beta2", "rest")}
         super().__init__(
-            HiddenMatrices(model, lr=lr, seed=seed, **s), _rest(model, rest_lr, beta1, beta2, rest, s)
+            HiddenMatrices(model, lr=lr, seed=seed, **s), _rest(model, rest_lr, {**s, **of_rest})
         )
 
 
-def _rest(
-    model: nn.Module, lr: float, beta1: float, beta2: float, kind: str, s: Mapping[str, Any]
-) -> Optimizer:
-    hidden = hidden_matrices(model)
-    inner = {name for name, p in model.named_parameters() if id(p) in hidden}
-    decay = {"weight_decay": s["weight_decay"]}
-    if kind == "adamw":
-        settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": 1e-8, **decay}
-        return adamw.build(model, settings, 0, only=lambda name: name not in inner)
-    if kind not in ("rotated", "factored"):
-        raise ValueError(f"rest is {kind!r}: write adamw, rotated or factored")
-    groups = matrices_decayed(model, decay, only=lambda name: name not in inner)
+def _rest(model: nn.Module, lr: float, s: Mapping[str, Any]) -> Optimizer:
+    if s["rest"] == "adamw":
+        return by_adamw(model, lr, s)
+    if s["rest"] not in ("rotated", "factored"):
+        raise ValueError(f"rest is {s['rest']!r}: write adamw, rotated or factored")
+    hidden = hidden_names(model)
     return RotatedAdam(
-        groups,
+        matrices_decayed(model, s, only=lambda name: name not in hidden),
         lr=lr,
-        betas=(beta1, beta2),
+        betas=(s["beta1"], s["beta2"]),
         average=s["average"],
         every=s["every"],
         sides="short",
-        factored=kind == "factored",
+        factored=s["rest"] == "factored",
     )
 
 
@@ -227,25 +221,15 @@ class HiddenMatrices(Optimizer):
         for power in {group["inside"], group["outside"]}:
             name = f"{side} to {power}"
             if renewed or name not in state:
-                state[name] = inverse_power(state[side], power, group["damping"])
+                state[name] = _inverse_power(state[side], power, group["damping"])
         if side == "left":
             return lambda x, power: state[f"left to {power}"] @ x
         return lambda x, power: x @ state[f"right to {power}"]
 
 
-def inverse_power(moment: Tensor, power: float, damping: float) -> Tensor:
-    """``(M / its mean eigenvalue + damping)^-power`` of a symmetric matrix, by its decomposition.
-
-    >>> import torch
-    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), 0.5, 0.0)
-    tensor([[0.7071, 0.0000, 0.0000],
-            [0.0000, 1.4142, 0.0000],
-            [0.0000, 0.0000, 1.4142]])
-    """
-    values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp(min=0)
-    relative = values / values.mean().clamp(min=1e-300) + max(damping, 1e-12)
-    return ((vectors * relative.pow(-power)) @ vectors.T).to(moment.dtype)
+def _inverse_power(moment: Tensor, power: float, damping: float) -> Tensor:
+    exact = moment.double()
+    return inverse_power(exact, eigenbasis(exact), power=power, damping=damping).to(moment.dtype)
 
 
 def _is_short(x: Tensor, side: int) -> bool:

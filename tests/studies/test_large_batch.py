@@ -11,13 +11,13 @@ import torch
 from passes import Passes
 from rotated_adam import RotatedAdam, Soap
 from torch import Tensor, nn
-from whitened_polar import STATISTICS, WhitenedPolar, inverse_power
+from whitened_polar import STATISTICS, WhitenedPolar
 
 from sophia import Sophia
 from sophia.lab.config.run import Model
 from sophia.lab.models import build
 from sophia.step.hidden_matrices import hidden_matrices
-from sophia.update_rule import look_ahead, polar, rms
+from sophia.update_rule import eigenbasis, inverse_power, look_ahead, polar, rms
 
 TINY = Model(layers=1, width=8, heads=2, context=6, vocabulary=11)
 
@@ -140,7 +140,7 @@ def test_inverse_power_against_singular_values() -> None:
     x = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     expected = u @ torch.diag((s**2 / (s**2).mean() + 0.1) ** -0.25) @ u.T
-    torch.testing.assert_close(inverse_power(x @ x.T, 0.25, 0.1), expected)
+    torch.testing.assert_close(inverse_power(x @ x.T, eigenbasis(x @ x.T), power=0.25, damping=0.1), expected)
 
 
 def test_adam_in_a_basis_that_is_the_axes_is_adam() -> None:
@@ -157,10 +157,18 @@ def test_adam_in_a_basis_that_is_the_axes_is_adam() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_soap_moves_all_of_a_model() -> None:
+@pytest.mark.parametrize(
+    ("make", "over"),
+    [
+        (Soap, {"polar": True}),
+        (gauss_newton_solve.GaussNewton, {"iterations": 2}),
+        (gauss_newton_solve.GaussNewton, {"iterations": 2, "block": "all", "length": "newton"}),
+    ],
+)
+def test_both_parts_of_a_candidate_move(make: Any, over: dict[str, Any]) -> None:
     model = tiny()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = Soap(model, seed=0, **{**Soap.sophia_defaults, "polar": True})
+    optimizer = make(model, seed=0, **{**make.sophia_defaults, **over})
     backward(model)
     optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
