@@ -15,10 +15,15 @@ from sophia.lab.data.tokens import Tokens, bits_per_byte
 from sophia.lab.models import build
 from sophia.lab.optimizers import table
 from sophia.lab.optimizers.contender import Contender
+from sophia.lab.support.allocator import keep_freed_memory
 from sophia.lab.support.errors import UsageError
 from sophia.lab.training.processes import Solo
 
 __all__ = ["Components", "components", "gradients", "held_out_loss"]
+
+
+_SHORT = 256
+"""Tokens of context whose attention scores are small enough to be stored."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def components(run: Run, tokens: Tokens, team: Solo, *, recompute: bool) -> Comp
     Raises ``UsageError`` if the batch cannot be cut into equal parts, or the text is too short.
     """
     torch.set_num_threads(run.threads)
+    keep_freed_memory()
     device = team.device(run.device)
     if run.batch % (run.micro_batches * team.size):
         raise UsageError(
@@ -71,6 +77,9 @@ def components(run: Run, tokens: Tokens, team: Solo, *, recompute: bool) -> Comp
     held_out, held_out_bytes = tokens.held_out(sequences=run.evaluation.sequences, context=run.model.context)
 
     model = build.build(run.model, seed=run.seed)
+    if run.precision == "bfloat16" and device.type == "cpu" and run.model.context <= _SHORT:
+        # In half precision a processor's fused attention takes longer over few tokens than plain products.
+        model.set_attn_implementation("eager")  # type: ignore[operator]
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     # The optimizer comes last: it holds the parameters as they are after wrapping and moving.
