@@ -35,7 +35,7 @@ from sophia.refresh.seeds import seed_for
 from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
 from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
-from sophia.step.hidden_matrices import groups_by_kind, model_that_tells_kinds
+from sophia.step.hidden_matrices import groups_by_kind, model_that_tells_kinds, move_by_kind
 from sophia.step.kernels.average_curvature import average
 from sophia.step.named_groups import groups_by_name
 from sophia.step.rounding import key_of_parameter, moved
@@ -171,6 +171,8 @@ class Sophia(torch.optim.Optimizer):
                 f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
                 "would have no effect. Leave it out, or use rule='damped'"
             )
+        # Of a group with a rule of its own they are that rule's; see ``add_param_group``.
+        self._ungiven = tuple(name for name, value in named.items() if value is None)
         betas = by.betas if betas is None else betas
         gamma = by.gamma if gamma is None else gamma
         damping = by.damping if damping is None else damping
@@ -193,14 +195,15 @@ class Sophia(torch.optim.Optimizer):
         if model is None and mode == "replay":
             params, tensors = tensors_given(params)
             owners = owners_of(tensors) if tensors else []  # torch has words for no parameters
-        if by.needs_model:
+        params = list(params) if isinstance(params, Iterator) else params
+        if move_by_kind(params, by):
             if model is None and mode == "manual":
                 raise ValueError(
-                    f"rule={rule!r} tells hidden matrices from embeddings and the head by the model: pass "
-                    "Sophia(model, ...) or Sophia(params, model=model, ...)"
+                    f"rule={rule!r}, or that of a group, tells hidden matrices from embeddings and the head by "
+                    "the model: pass Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
             telling = model if model is not None else model_that_tells_kinds(owners, tensors)
-            params = params if telling is None else groups_by_kind(params, telling, by, named)
+            params = params if telling is None else groups_by_kind(params, telling, by)
         self.mode, self.fraction, self.batch_dim = mode, fraction, batch_dim
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
@@ -797,10 +800,13 @@ class Sophia(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's settings are checked before anything is added, and it joins at the current
-        step.
+        step. If it has a rule of its own, what neither it nor the optimizer was given is that rule's.
         """
+        named = {"rule": self.defaults["rule"], **param_group}
+        if (by := RULES.get(named["rule"])) is not None:  # else it is refused below
+            param_group = {**{name: getattr(by, name) for name in self._ungiven}, **param_group}
         check_group({**self.defaults, **param_group}, rounds=self._rounds)
-        self._say_if_adamws({"rule": self.defaults["rule"], **param_group})
+        self._say_if_adamws(named)
         if self.param_groups:
             param_group = {
                 "step": self.param_groups[0]["step"],
@@ -875,6 +881,7 @@ class Sophia(torch.optim.Optimizer):
             "mask_fn",
             "copy_inputs",
             "process_group",
+            "_ungiven",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in settings}}
 
@@ -883,6 +890,7 @@ class Sophia(torch.optim.Optimizer):
         names = ("_recorder", "_model", "_search", "_was_found")
         kept = {name: self.__dict__[name] for name in names if name in self.__dict__}
         super().__setstate__(state)
+        self.__dict__.setdefault("_ungiven", ())  # pickled by an older Sophia
         if "mode" in state:
             self._ready()
             self.__dict__.update(kept)

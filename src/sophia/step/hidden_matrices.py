@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sophia.step.groups import is_vector
 from sophia.step.rules import RULES, Rule
 
-__all__ = ["groups_by_kind", "hidden_matrices", "model_that_tells_kinds"]
+__all__ = ["groups_by_kind", "hidden_matrices", "model_that_tells_kinds", "move_by_kind"]
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
@@ -22,41 +22,50 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     return {id(p) for p in _hidden(model) if p.ndim == 2}
 
 
-def groups_by_kind(
-    params: Iterable[Any], model: nn.Module, rule: Rule, named: Mapping[str, Any] | None = None
-) -> list[dict[str, Any]]:
-    """Groups for a rule that tells kinds of tensors apart. A group that names its rule stays as it is.
+def move_by_kind(params: Any, rule: Rule) -> bool:
+    """Whether kinds of tensors must be told apart for some of these groups. One that names its scale is done
+    with that.
+    """
+    if isinstance(params, (list, tuple)) and params and isinstance(params[0], Mapping):
+        return any("scale" not in group and _rule_of(group, rule).needs_model for group in params)
+    return rule.needs_model
+
+
+def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[dict[str, Any]]:
+    """Groups by kinds of tensors, of those that a rule with kinds moves: theirs if they name one, or this.
 
     Hidden matrices are moved by that rule; hidden tensors that are no matrices (kernels of convolutions,
     stacked experts) by ``rule.otherwise``, as far as its hidden matrices; embeddings, head and vectors by it
-    too, further. What ``named`` (settings of the optimizer, None where not given) does not say is each rule's
-    own.
+    too, further.
     """
     given = list(params)
-    ungiven = [name for name, value in (named or {}).items() if value is None and hasattr(rule, name)]
-    other = rule.otherwise or rule
-    (hidden, rest), (of_other, _) = rule.kind_scales or (1.0, 1.0), other.kind_scales or (1.0, 1.0)
+    groups: list[dict[str, Any]] = []
     hidden_dimensions = {id(p): p.ndim for p in _hidden(model)}
-    groups = []
     for group in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
-        if "rule" in group:
+        mine = _rule_of(group, rule)
+        if "scale" in group or not mine.needs_model:
             groups.append(dict(group))
             continue
+        other = mine.otherwise or mine
+        (hidden, rest), (of_other, _) = mine.kind_scales or (1.0, 1.0), other.kind_scales or (1.0, 1.0)
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         kinds: dict[tuple[str, float], list[Any]] = {
-            (rule.name, hidden): [],
+            (mine.name, hidden): [],
             (other.name, of_other): [],
             (other.name, rest): [],
         }
         for member in members:
             dimensions = hidden_dimensions.get(id(member[1] if isinstance(member, tuple) else member))
-            by = rule if dimensions == 2 else other
-            kinds[by.name, rest if dimensions is None else hidden if by is rule else of_other].append(member)
+            by = mine if dimensions == 2 else other
+            kinds[by.name, rest if dimensions is None else hidden if by is mine else of_other].append(member)
         for (name, scale), some in kinds.items():
-            own = {setting: getattr(RULES[name], setting) for setting in ungiven}
-            groups += [{**own, **group, "params": some, "rule": name, "scale": scale}] if some else []
+            groups += [{**group, "params": some, "rule": name, "scale": scale}] if some else []
         groups += [] if members else [dict(group)]  # torch has words for an empty group
     return groups
+
+
+def _rule_of(group: Mapping[str, Any], rule: Rule) -> Rule:
+    return RULES.get(group.get("rule", rule.name), rule)  # a name that is none is refused with the group
 
 
 def model_that_tells_kinds(owners: Sequence[nn.Module], parameters: Sequence[Tensor]) -> nn.Module | None:

@@ -1,0 +1,89 @@
+"""A group with a rule of its own is moved as that rule moves: its settings, and its kinds of tensors."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from reference import give, noise_like
+from sophia import Sophia
+from sophia.step.rules import DAMPED, PAPER, RULES
+from tiny import GPT, data
+
+SETTINGS = ("betas", "gamma", "eps", "damping", "update_every")
+
+
+def trained(model, optimizer, steps=6):
+    x, y = data()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x, y)[1].backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_given_to_all_groups_is_that_rule(rule):
+    """The published rule's decays, or one scale for hidden matrices and table, under another rule's name."""
+    one, other = GPT(), GPT()
+    other.load_state_dict(one.state_dict())
+    by_argument = Sophia(one, lr=0.01, rule=rule, weight_decay=0.1)
+    by_groups = Sophia(Sophia.groups(other, {"*": {"rule": rule}}, weight_decay=0.1), model=other, lr=0.01)
+    for p, q in zip(trained(one, by_argument), trained(other, by_groups), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("rule", ["damped", "whitened"])
+def test_without_the_model_the_kinds_are_found(rule):
+    """A group given as in a host, by parameters alone."""
+    model = GPT()
+    alone = Sophia([{"params": list(model.parameters()), "rule": rule}])
+    assert len({group["scale"] for group in alone.param_groups}) > 1
+
+
+def test_what_is_given_comes_before_the_rules_own():
+    """The optimizer's argument is for all groups that do not say otherwise."""
+    model = nn.Linear(3, 3)
+    groups = [{"params": [model.weight], "rule": "damped", "gamma": 0.7}, {"params": [model.bias]}]
+    opt = Sophia(groups, model=model, betas=(0.5, 0.6), lr=0.1)
+    weight, bias = opt.param_groups
+    assert weight["betas"] == bias["betas"] == (0.5, 0.6)
+    assert (weight["gamma"], bias["gamma"]) == (0.7, PAPER.gamma)
+    assert weight["scale"] == DAMPED.kind_scales[1]  # the last linear layer is the head
+
+
+def test_a_scale_that_is_given_stays():
+    model = GPT()
+    opt = Sophia([{"params": list(model.parameters()), "rule": "damped", "scale": 0.5}], model=model)
+    assert [group["scale"] for group in opt.param_groups] == [0.5]
+
+
+def remade(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [lambda opt: opt, copy.deepcopy, remade], ids=["itself", "copy", "pickle"])
+def test_a_group_that_joins_late(again):
+    """A copy that has forgotten what its maker was given, and takes the first rule's values for another's."""
+    model = nn.Linear(3, 3)
+    opt = again(Sophia([model.weight], mode="manual", lr=0.1, eps=1e-10))
+    late = nn.Parameter(torch.zeros(3))
+    opt.add_param_group({"params": [late], "rule": "damped"})
+    group = opt.param_groups[-1]
+    assert [group[name] for name in SETTINGS] == [
+        1e-10 if name == "eps" else getattr(DAMPED, name) for name in SETTINGS
+    ]
+    give([late], noise_like([late], 0))
+    opt.step()
+
+
+def test_by_hand_the_kinds_cannot_be_found():
+    """Without a model there is nothing to tell them by."""
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="or that of a group, tells hidden matrices"):
+        Sophia([{"params": list(model.parameters()), "rule": "damped"}], mode="manual")
