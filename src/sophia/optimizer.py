@@ -116,7 +116,7 @@ class Sophia(torch.optim.Optimizer):
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
     count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``. A rule without
     curvature has no h: beside m two square matrices of a matrix's short side, ``"second_moment"`` and its
-    eigenvectors, ``"basis"``.
+    eigenvectors, ``"basis"``, and what the rule keeps along them (docs/glossary.md).
 
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     >>> opt = Sophia(model, lr=1e-2)
@@ -199,8 +199,8 @@ class Sophia(torch.optim.Optimizer):
         if move_by_kind(params, by):
             if model is None and mode == "manual":
                 raise ValueError(
-                    f"rule={rule!r}, or that of a group, tells hidden matrices from embeddings and the head by "
-                    "the model: pass Sophia(model, ...) or Sophia(params, model=model, ...)"
+                    f"rule={rule!r}, or that of a group, tells hidden matrices from embeddings and the head "
+                    "by the model: pass Sophia(model, ...) or Sophia(params, model=model, ...)"
                 )
             telling = model if model is not None else model_that_tells_kinds(owners, tensors)
             params = params if telling is None else groups_by_kind(params, telling, by)

@@ -49,13 +49,16 @@ rows. s is a number for the kind of tensor. In both, m and h are corrected for t
 A third has no curvature: it divides by second moments of the gradients themselves, and nothing is ever
 refreshed. For hidden matrices, and for other matrices (written for one whose short side are its rows)::
 
-    whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = (M / mean + damping)^-1/8
-    factored   theta <- theta - lr s P m C, P = (M / mean + damping)^-1/2, C = r^-1/2
+    whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = Q (q / mean + damping)^-1/8 Q'
+    factored   theta <- theta - lr s P m C, P = Q (v / mean + damping)^-1/2 Q', C = r^-1/2
 
-M is the average of g g', a matrix of the short side's length. C is a scale for each place on the long side:
-the mean squares of this step's u there, likewise relative and to the power -1/8, or r, the average of the
-mean squares of g. So these are one second moment, factored: Shampoo's on the short side (Gupta et al., arXiv
-1802.09568), Adafactor's on the long one (Shazeer and Stern, arXiv 1804.04235), around Muon's step or alone.
+Q are the eigenvectors of M, the average of g g', a matrix of the short side's length, and q is the diagonal
+of Q' M Q. v is the average of the diagonals of Q' g g' Q, each with the Q of its own step: the eigenvalues of
+the gradients that M is made of are too far apart, and the smallest of them, which move most in the power of
+a half, too small. C is a scale for each place on the long side: the mean squares of this step's u there,
+likewise relative and to the power -1/8, or r, the average of the mean squares of g. So these are one second
+moment, factored: Shampoo's on the short side (Gupta et al., arXiv 1802.09568) or SOAP's (Vyas et al., arXiv
+2409.11321), Adafactor's on the long one (Shazeer and Stern, arXiv 1804.04235), around Muon's step or alone.
 Vectors are moved by Adam.
 """
 
@@ -69,9 +72,9 @@ from torch import Tensor
 
 __all__ = [
     "NEWTON_SCHULZ",
+    "along",
     "average_curvature",
     "average_gradient",
-    "average_second_moment",
     "clipped_direction",
     "corrected_gamma",
     "damped_direction",
@@ -81,6 +84,7 @@ __all__ = [
     "look_ahead",
     "polar",
     "rms",
+    "second_moment",
     "short_side_first",
     "sophia_step",
     "spectral_direction",
@@ -221,10 +225,10 @@ def spectral_direction(u: Tensor, h: Tensor, *, polar_of: Callable[[Tensor], Ten
     return torch.div(d * math.sqrt(d.numel()), size)
 
 
-def average_second_moment(moment: Tensor, g: Tensor, *, beta2: float) -> Tensor:
-    """Return ``beta2 M + (1 - beta2) g g'`` of the short side of a matrix; M is (n, n), n its length."""
+def second_moment(g: Tensor) -> Tensor:
+    """Return ``g g'`` of the short side of a matrix, (n, n), n its length."""
     x = short_side_first(g)
-    return beta2 * moment + (1 - beta2) * (x @ x.T)
+    return x @ x.T
 
 
 def whitened_direction(
@@ -239,7 +243,7 @@ def whitened_direction(
 
     Args:
         u: the momentum, (a, b).
-        root: ``inverse_power`` of the short side's second moment, (n, n).
+        root: P, ``inverse_power`` of the short side's second moment, (n, n).
         power: of the long side, whose second moment is the diagonal of u' u.
         damping: added to it, in units of its mean.
         polar_of: a faster way to the same as ``polar``.
@@ -274,23 +278,26 @@ def factored_direction(m: Tensor, root: Tensor, r: Tensor, *, eps: float) -> Ten
     return d if x is m else d.T
 
 
-def inverse_power(moment: Tensor, basis: Tensor, *, power: float, damping: float) -> Tensor:
-    """Return ``Q (diag(Q' M Q) / its mean + damping)^-power Q'``: the inverse power of a symmetric matrix
-    whose eigenvalues are not negative, with eigenvectors that may be a few steps old.
+def along(moment: Tensor, basis: Tensor) -> Tensor:
+    """Return the diagonal of ``Q' M Q``, (n,), not below zero: the second moments M along the columns of Q."""
+    return ((moment @ basis) * basis).sum(0).clamp(min=0)
+
+
+def inverse_power(values: Tensor, basis: Tensor, *, power: float, damping: float) -> Tensor:
+    """Return ``Q (diag(values) / their mean + damping)^-power Q'``, (n, n).
 
     Args:
-        moment: M, (n, n).
-        basis: Q, (n, n), ``eigenbasis`` of M or of an M of some steps before.
-        power: of the eigenvalues, relative to their mean.
+        values: second moments along the columns of Q, (n,).
+        basis: Q, (n, n), orthogonal.
+        power: of the values, relative to their mean.
         damping: added to them.
 
     >>> import torch
-    >>> inverse_power(torch.diag(torch.tensor([4.0, 1.0, 1.0])), torch.eye(3), power=0.5, damping=0.0)
+    >>> inverse_power(torch.tensor([4.0, 1.0, 1.0]), torch.eye(3), power=0.5, damping=0.0)
     tensor([[0.7071, 0.0000, 0.0000],
             [0.0000, 1.4142, 0.0000],
             [0.0000, 0.0000, 1.4142]])
     """
-    values = ((moment @ basis) * basis).sum(0).clamp(min=0)
     return (basis * _relative(values, damping) ** -power) @ basis.T
 
 

@@ -32,7 +32,7 @@ from sophia.lab.optimizers.contender import matrices_decayed
 from sophia.lab.optimizers.pair import Pair
 from sophia.step.hidden_matrices import hidden_matrices
 from sophia.step.polar import polar_of
-from sophia.update_rule import eigenbasis, inverse_power, look_ahead, rms
+from sophia.update_rule import along, eigenbasis, inverse_power, look_ahead, rms
 
 __all__ = ["STATISTICS", "HiddenMatrices", "WhitenedPolar"]
 
@@ -229,7 +229,8 @@ class HiddenMatrices(Optimizer):
 
 def _inverse_power(moment: Tensor, power: float, damping: float) -> Tensor:
     exact = moment.double()
-    return inverse_power(exact, eigenbasis(exact), power=power, damping=damping).to(moment.dtype)
+    basis = eigenbasis(exact)
+    return inverse_power(along(exact, basis), basis, power=power, damping=damping).to(moment.dtype)
 
 
 def _is_short(x: Tensor, side: int) -> bool:

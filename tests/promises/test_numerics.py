@@ -51,7 +51,13 @@ CASES = {
     "forwards in bfloat16": ("paper gnb", {}, {"dtype": torch.float32, "autocast": True}),
 }
 
-KEPT = {"hessian": "h", "exp_avg_sq": "v", "mean_squares": "mean squares", "second_moment": "M"}
+KEPT = {
+    "hessian": "h",
+    "exp_avg_sq": "v",
+    "mean_squares": "mean squares",
+    "basis_squares": "mean squares along Q",
+    "second_moment": "M",
+}
 """What a rule divides by, by its name in the state."""
 
 # The others agree to 1e-6. Measured with and without the compiled kernel, by one thread and two, and with

@@ -34,9 +34,12 @@ class Block(nn.Module):
         return self.head(self.norm(self.down(self.up(self.embedding(x)).relu())))
 
 
-def power(matrix, basis, p, damping):
-    """Of a symmetric matrix, with the eigenvectors of another step."""
-    values = np.einsum("ij,ik,kj->j", basis, matrix, basis)
+def along(matrix, basis):
+    return np.einsum("ij,ik,kj->j", basis, matrix, basis)
+
+
+def power(values, basis, p, damping):
+    """Of a symmetric matrix, by its values along the eigenvectors of another step."""
     return basis @ np.diag((values / values.mean() + damping) ** p) @ basis.T
 
 
@@ -54,7 +57,7 @@ class Whitened:
         self.moment = 0.9 * self.moment + 0.1 * g @ g.T
         if number % 5 == 0:
             self.basis = np.linalg.eigh(self.moment)[1]
-        root = power(self.moment, self.basis, -1 / 8, 1e-4)
+        root = power(along(self.moment, self.basis), self.basis, -1 / 8, 1e-4)
         mean = (u**2).mean(0)
         columns = (mean / mean.mean() + 1e-4) ** (-1 / 8)
         left, _, right = np.linalg.svd(root @ u * columns, full_matrices=False)
@@ -67,7 +70,8 @@ class Factored:
     """Adam with a factored second moment in numpy; Adam for a vector."""
 
     def __init__(self, theta, decay):
-        self.theta, self.decay, self.m, self.v, self.moment = theta, decay, 0.0, 0.0, 0.0
+        self.theta, self.decay = theta, decay
+        self.m = self.v = self.moment = self.values = 0.0
 
     def step(self, g, number, lr):
         self.m = 0.8 * self.m + 0.2 * g
@@ -81,7 +85,8 @@ class Factored:
             self.moment = 0.95 * self.moment + 0.05 * g @ g.T
             if number % 5 == 0:
                 self.basis = np.linalg.eigh(self.moment)[1]
-            root = power(self.moment, self.basis, -1 / 2, 1e-6)
+            self.values = 0.95 * self.values + 0.05 * along(g @ g.T, self.basis)
+            root = power(self.values, self.basis, -1 / 2, 1e-6)
             self.v = 0.95 * self.v + 0.05 * (g**2).mean(0)
             d = root @ m / (np.sqrt(self.v / started) + 1e-8)
             d = d.T if flip else d

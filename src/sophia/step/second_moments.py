@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sophia.step.polar import polar_of
 from sophia.update_rule import (
-    average_second_moment,
+    along,
     eigenbasis,
     factored_direction,
     inverse_power,
     look_ahead,
+    second_moment,
     short_side_first,
     whitened_direction,
 )
@@ -61,9 +62,13 @@ class Whitened:
         return _of_short_side(shape)
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+        _renew(kept, seen)
+        # The values are this step's, at 2 n^3: they move faster than the eigenvectors, above all at first.
+        values, basis = along(kept["second_moment"], kept["basis"]), kept["basis"]
+        root = inverse_power(values, basis, power=self.power, damping=seen.damping)
         return whitened_direction(
             look_ahead(seen.m, seen.g, beta1=seen.beta1),
-            _root(kept, seen, self.power),
+            root.to(seen.m.dtype),
             power=self.power,
             damping=seen.damping,
             polar_of=polar_of,
@@ -72,8 +77,8 @@ class Whitened:
 
 @dataclass(frozen=True)
 class Factored:
-    """For other matrices: the short side's second moment and its eigenvectors, and the long side's mean
-    squares; the second moment of every entry of what is no matrix.
+    """For other matrices: the short side's second moment, its eigenvectors and the mean squares along them,
+    and the long side's mean squares; the second moment of every entry of what is no matrix.
     """
 
     power: float
@@ -81,18 +86,24 @@ class Factored:
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if len(shape) != 2:
             return {"steps": (), "exp_avg_sq": tuple(shape)}
-        return {**_of_short_side(shape), "mean_squares": (max(shape),)}
+        return {
+            **_of_short_side(shape),
+            "basis_squares": (min(shape),),
+            "mean_squares": (max(shape),),
+        }
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        steps, whole = int(kept["steps"]), "exp_avg_sq" in kept
-        m = seen.m / (1 - seen.beta1**steps)
-        v = kept["exp_avg_sq" if whole else "mean_squares"]
-        squares = seen.g.square() if whole else short_side_first(seen.g).square().mean(0)
-        v.lerp_(squares.to(v.dtype), 1 - seen.beta2)
-        corrected = (v / (1 - seen.beta2**steps)).to(m.dtype)
-        if whole:
-            return m / (corrected.sqrt() + seen.eps)
-        return factored_direction(m, _root(kept, seen, self.power), corrected, eps=seen.eps)
+        started = 1 - seen.beta2 ** int(kept["steps"])
+        m = seen.m / (1 - seen.beta1 ** int(kept["steps"]))
+        if "exp_avg_sq" in kept:
+            v = _averaged(kept["exp_avg_sq"], seen.g.square(), seen)
+            return m / ((v / started).to(m.dtype).sqrt() + seen.eps)
+        now = _renew(kept, seen)
+        # Of each step in the basis of its time, which knows that step's gradient hardly better than others.
+        values = _averaged(kept["basis_squares"], along(now, kept["basis"]), seen)
+        root = inverse_power(values, kept["basis"], power=self.power, damping=seen.damping)
+        r = _averaged(kept["mean_squares"], short_side_first(seen.g).square().mean(0), seen) / started
+        return factored_direction(m, root.to(m.dtype), r.to(m.dtype), eps=seen.eps)
 
 
 def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -100,10 +111,15 @@ def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {"steps": (), "second_moment": square, "basis": square}
 
 
-def _root(kept: MutableMapping[str, Tensor], seen: Moment, power: float) -> Tensor:
-    moment, basis = kept["second_moment"], kept["basis"]
-    moment.copy_(average_second_moment(moment, seen.g.to(moment.dtype), beta2=seen.beta2))
+def _renew(kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+    """Average the short side's second moment, and decompose it where that is due; return this step's."""
+    moment = kept["second_moment"]
+    now = second_moment(seen.g.to(moment.dtype))
+    _averaged(moment, now, seen)
     if (int(kept["steps"]) - 1) % seen.every == 0:
-        basis.copy_(eigenbasis(moment))
-    # The eigenvalues are this step's, at 2 n^3: they move faster than the eigenvectors, above all at first.
-    return inverse_power(moment, basis, power=power, damping=seen.damping).to(seen.m.dtype)
+        kept["basis"].copy_(eigenbasis(moment))
+    return now
+
+
+def _averaged(average: Tensor, now: Tensor, seen: Moment) -> Tensor:
+    return average.lerp_(now.to(average.dtype), 1 - seen.beta2)

@@ -17,7 +17,15 @@ __all__ = ["RMS", "add_what_is_missing", "check_origin", "is_complete", "other_s
 RMS = "momentum_rms"
 """Of a tensor whose rule keeps it: one number, see ``update_rule.usual_size``."""
 
-_OF_OTHER_RULES = ("hessian", "steps", "second_moment", "basis", "mean_squares", "exp_avg_sq")
+_OF_OTHER_RULES = (
+    "hessian",
+    "steps",
+    "second_moment",
+    "basis",
+    "basis_squares",
+    "mean_squares",
+    "exp_avg_sq",
+)
 """Left by a rule that a group had before; not loaded."""
 
 _FOREIGN = (

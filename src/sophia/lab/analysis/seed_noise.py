@@ -6,26 +6,28 @@ A run's end loss y depends on contender c, budget b and seed s:
 
 `shared` is what a seed does to everybody (same initialisation, same data order) and cancels in a difference
 between two contenders at one budget; `rest` does not. Two or three seeds cannot tell the spread of one
-contender's differences, so the sizes of `shared` and `rest` are estimated from all cells together, with the
-degrees of freedom that leaves:
+contender's differences, so the sizes of `shared` and `rest` are estimated from all contenders of a budget
+together, with the degrees of freedom that leaves. Not over budgets: the ends of short runs may spread a
+hundred times as far as those of long ones, and one late run at 400 steps would widen what is said of 800.
 
     rest^2 = sum of squared residuals / (runs - rank of the model)   [two-way analysis of variance]
     mean^2 = variance over seeds of the mean over the C contenders   [estimates shared^2 + rest^2 / C]
 
-A comparison is a contrast, the sum of w[c, b] cell[c, b]. With n seeds and q = sum over b of (sum over c of
-w)^2,
+A comparison is a contrast, the sum of w[c, b] cell[c, b]. With n seeds and v[b] = sum over c of w[c, b],
 
-    variance = (rest^2 (sum w^2 - q / C) + mean^2 q) / n
+    variance = sum over b of (rest[b]^2 (sum over c of w[c, b]^2 - v[b]^2 / C) + mean[b]^2 v[b]^2) / n
 
-and a difference at one budget has q = 0, hence 2 rest^2 / n. The two parts are independent; their degrees
-of freedom combine as in Satterthwaite (1946). `shared` is taken as independent between budgets, which
-widens intervals if it is not.
+and a difference at one budget has v = 0, hence 2 rest^2 / n. The parts are independent; their degrees of
+freedom combine as in Satterthwaite (1946). `shared` is taken as independent between budgets, which widens
+intervals if it is not.
 
 Budgets under a warm-up-stable-decay schedule are `linked`: runs of one contender and seed are equal up to
-where the shorter decays, so their `rest` is correlated, by an amount that is not known. Then a budget adds no
-degrees of freedom to another (both parts have those of one budget), and the variance of a contrast is taken
-at its largest, with all budgets moving together: sum w^2 becomes the sum over c of (sum over b of |w|)^2, and
-q the square of (sum over b of |sum over c of w|).
+where the shorter decays, so their `rest` is correlated, by an amount that is not known. Then the variance of
+a contrast is taken at its largest, with all budgets moving together, and its degrees of freedom at the
+smallest of its budgets:
+
+    variance = (sum over c of (sum over b of rest[b] |w[c, b]|)^2 - (sum over b of rest[b] |v[b]|)^2 / C
+                + (sum over b of mean[b] |v[b]|)^2) / n
 
 From `OWN_SEEDS` seeds on, a contrast uses its own n values and Student's t with n - 1 degrees, and assumes
 nothing about other contenders. Student's t rather than the bias-corrected bootstrap (BCa, scipy): in a
@@ -58,7 +60,7 @@ Weights = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of end losses between seeds, in nats."""
+    """Standard deviations of the end losses of one budget between seeds, in nats."""
 
     rest: float
     """Standard deviation of what a seed does to one contender alone."""
@@ -70,6 +72,18 @@ class Noise:
     """Degrees of freedom of `mean`."""
     contenders: int
     """How many contenders that mean is over."""
+
+    @property
+    def of_a_run(self) -> float:
+        """Standard deviation of one run, with what its seed does to everybody; at least."""
+        return sqrt(self.rest**2 + self.mean**2)
+
+
+@dataclass(frozen=True)
+class NoiseByBudget:
+    """The noise of every budget of a comparison."""
+
+    at: Mapping[int, Noise]
     linked: bool = False
     """Whether runs of one contender and seed share a part between budgets."""
 
@@ -98,46 +112,38 @@ class Estimate:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def pooled_noise(ends: Ends, *, linked: bool = False) -> Noise:
-    """The noise of a comparison, pooled over contenders and budgets; cells with missing seeds are handled
-    by rank. ``linked`` as in `Noise`.
+def noise_by_budget(ends: Ends, *, linked: bool = False) -> NoiseByBudget:
+    """The noise of a comparison, pooled over contenders; cells with missing seeds are handled by rank.
+    ``linked`` as in `NoiseByBudget`.
     """
-    squares, mean_squares = 0.0, 0.0
-    degrees, mean_degrees = [0], [0]  # of each budget
-    contenders = sorted({c for c, _, _ in ends})
-    for budget in sorted({b for _, b, _ in ends}):
-        here = [(c, s, y) for (c, b, s), y in ends.items() if b == budget]
-        names, seeds = sorted({c for c, _, _ in here}), sorted({s for _, s, _ in here})
-        design = np.array(
-            [[c == n for n in names] + [s == k for k in seeds] for c, s, _ in here], dtype=float
-        )
-        losses = np.array([y for _, _, y in here])
-        solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
-        left = len(here) - int(rank)
-        if left > 0:  # with none left the residuals are rounding errors
-            squares += float(np.sum((losses - design @ solution) ** 2))
-            degrees.append(left)
-        full = [s for s in seeds if all((c, budget, s) in ends for c in contenders)]
-        if len(full) > 1:
-            means = [np.mean([ends[c, budget, s] for c in contenders]) for s in full]
-            mean_squares += float(np.var(means)) * len(full)
-            mean_degrees.append(len(full) - 1)
-    count = max if linked else sum
+    budgets = sorted({b for _, b, _ in ends})
+    return NoiseByBudget({budget: _noise_at(ends, budget) for budget in budgets}, linked)
+
+
+def _noise_at(ends: Ends, budget: int) -> Noise:
+    here = [(c, s, y) for (c, b, s), y in ends.items() if b == budget]
+    names, seeds = sorted({c for c, _, _ in here}), sorted({s for _, s, _ in here})
+    design = np.array([[c == n for n in names] + [s == k for k in seeds] for c, s, _ in here], dtype=float)
+    losses = np.array([y for _, _, y in here])
+    solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    left = len(here) - int(rank)  # with none left the residuals are rounding errors
+    squares = float(np.sum((losses - design @ solution) ** 2)) if left > 0 else 0.0
+    full = [s for s in seeds if all((c, budget, s) in ends for c in names)]
+    means = [np.mean([ends[c, budget, s] for c in names]) for s in full]
     return Noise(
-        rest=sqrt(squares / sum(degrees)) if sum(degrees) else 0.0,
-        degrees=count(degrees),
-        mean=sqrt(mean_squares / sum(mean_degrees)) if sum(mean_degrees) else 0.0,
-        mean_degrees=count(mean_degrees),
-        contenders=len(contenders),
-        linked=linked,
+        rest=sqrt(squares / left) if left > 0 else 0.0,
+        degrees=left,
+        mean=float(np.std(means, ddof=1)) if len(full) > 1 else 0.0,
+        mean_degrees=max(0, len(full) - 1),
+        contenders=len(names),
     )
 
 
-def contrast(ends: Ends, weights: Weights, noise: Noise) -> Estimate | None:
+def contrast(ends: Ends, weights: Weights, noise: NoiseByBudget) -> Estimate | None:
     """The contrast over the seeds that all its cells have, with its interval; None without such a seed.
 
     >>> ends = {("a", 8, s): 3.0 + 0.1 * s for s in range(5)} | {("b", 8, s): 3.5 + 0.1 * s for s in range(5)}
-    >>> round(contrast(ends, {("b", 8): 1.0, ("a", 8): -1.0}, pooled_noise(ends)).value, 3)
+    >>> round(contrast(ends, {("b", 8): 1.0, ("a", 8): -1.0}, noise_by_budget(ends)).value, 3)
     0.5
     """
     used = {cell: w for cell, w in weights.items() if w != 0}
@@ -157,29 +163,35 @@ def contrast(ends: Ends, weights: Weights, noise: Noise) -> Estimate | None:
     return Estimate(value, value - half, value + half, degrees, n, own)
 
 
-def _pooled_variance(weights: Weights, noise: Noise, n: int) -> tuple[float, float]:
+def _pooled_variance(weights: Weights, noise: NoiseByBudget, n: int) -> tuple[float, float]:
     """Variance of the contrast's mean over n seeds, and its degrees of freedom (0 if it cannot be known)."""
-    per_budget: dict[int, float] = {}
-    per_contender: dict[str, float] = {}
-    for (contender, budget), w in weights.items():
-        per_budget[budget] = per_budget.get(budget, 0.0) + w
-        per_contender[contender] = per_contender.get(contender, 0.0) + abs(w)
-    if noise.linked:
-        squares = sum(w * w for w in per_contender.values())
-        q = sum(abs(w) for w in per_budget.values()) ** 2
-    else:
-        squares = sum(w * w for w in weights.values())
-        q = sum(w * w for w in per_budget.values())
-    q = q if q > 1e-12 else 0.0
-    rest = noise.rest**2 * (squares - q / noise.contenders) / n
-    shared = noise.mean**2 * q / n
-    if noise.degrees == 0 or (q > 0 and noise.mean_degrees == 0):
+    budgets = {budget: noise.at[budget] for _, budget in weights}
+    sums = {b: sum(w for (_, budget), w in weights.items() if budget == b) for b in budgets}
+    sums = {b: v if abs(v) > 1e-6 else 0.0 for b, v in sums.items()}
+    if any(at.degrees == 0 or (sums[b] and at.mean_degrees == 0) for b, at in budgets.items()):
         return 0.0, 0.0
-    total = rest + shared
+    if noise.linked:
+        together: dict[str, float] = {}
+        for (contender, b), w in weights.items():
+            together[contender] = together.get(contender, 0.0) + abs(w) * budgets[b].rest
+        shared = sum(abs(v) * budgets[b].rest for b, v in sums.items()) ** 2
+        # The most contenders of a budget take the least away.
+        rest = sum(w * w for w in together.values()) - shared / max(at.contenders for at in budgets.values())
+        mean = sum(abs(v) * budgets[b].mean for b, v in sums.items()) ** 2
+        parts = [
+            (max(0.0, rest), min(at.degrees for at in budgets.values())),
+            (mean, min((budgets[b].mean_degrees for b, v in sums.items() if v), default=1)),
+        ]
+    else:
+        parts = []
+        for b, at in budgets.items():
+            squares = sum(w * w for (_, budget), w in weights.items() if budget == b)
+            parts.append((at.rest**2 * (squares - sums[b] ** 2 / at.contenders), at.degrees))
+            parts.append(((at.mean * sums[b]) ** 2, at.mean_degrees or 1))
+    total = sum(variance for variance, _ in parts)
     if total <= 0:
-        return 0.0, float(noise.degrees)
-    parts = rest**2 / noise.degrees + (shared**2 / noise.mean_degrees if q > 0 else 0.0)
-    return total, total**2 / parts
+        return 0.0, float(min(at.degrees for at in budgets.values()))
+    return total / n, total**2 / sum(variance**2 / degrees for variance, degrees in parts)
 
 
 def resolvable(noise: Noise, seeds: int, degrees: float, *, power: float = 0.8) -> float:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from sophia.lab.analysis.seed_noise import Ends, Estimate, Noise, contrast, plural
+from sophia.lab.analysis.seed_noise import Ends, Estimate, NoiseByBudget, contrast, plural
 
 Vector = NDArray[np.float64]
 
@@ -119,7 +119,7 @@ class Ratio:
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "not distinguishable"
 
 
-def curve_of(ends: Ends, name: str, noise: Noise) -> Curve | str:
+def curve_of(ends: Ends, name: str, noise: NoiseByBudget) -> Curve | str:
     """The curve of a contender, most often the baseline, through its mean end losses; a sentence that says
     why instead, if there is none.
     """
@@ -133,7 +133,7 @@ def curve_of(ends: Ends, name: str, noise: Noise) -> Curve | str:
         return f"{name}'s loss does not fall from each budget to the next, so no budget belongs to a loss"
     seeds = min(sum((c, b) == (name, budget) for c, b, _ in ends) for budget in budgets)
     power = (
-        _power_law(budgets, losses, sqrt((noise.rest**2 + noise.mean**2) / seeds))
+        _power_law(budgets, losses, [noise.at[b].of_a_run / sqrt(seeds) for b in budgets])
         if len(budgets) > 2
         else None
     )
@@ -146,7 +146,7 @@ def _jacobian(d: Vector, power: tuple[float, float, float]) -> Vector:
 
 
 def _power_law(
-    budgets: tuple[int, ...], losses: tuple[float, ...], error: float
+    budgets: tuple[int, ...], losses: tuple[float, ...], errors: Sequence[float]
 ) -> tuple[float, float, float] | None:
     """Least squares a D^-b + c; None unless a and b are positive and b's standard error is below half of
     b.
@@ -167,11 +167,11 @@ def _power_law(
     a, c = (float(v) for v in solve(b)[0])
     if a <= 0 or c < 0:
         return None
-    spread = error * float(np.linalg.norm(np.linalg.pinv(_jacobian(d, (a, b, c)))[1]))
+    spread = float(np.linalg.norm(np.linalg.pinv(_jacobian(d, (a, b, c)))[1] * np.array(errors)))
     return (a, b, c) if spread < b / 2 else None
 
 
-def speedup(ends: Ends, contender: str, baseline: str, curve: Curve, noise: Noise) -> Ratio | None:
+def speedup(ends: Ends, contender: str, baseline: str, curve: Curve, noise: NoiseByBudget) -> Ratio | None:
     """The contender's speed-up in steps at its largest budget with finished runs; None without such a run."""
     budgets = [b for c, b, _ in ends if c == contender]
     if not budgets:
@@ -197,7 +197,12 @@ def speedup(ends: Ends, contender: str, baseline: str, curve: Curve, noise: Nois
 
 
 def distance(
-    ends: Ends, others: Mapping[tuple[str, int], float], name: str, curve: Curve, steps: float, noise: Noise
+    ends: Ends,
+    others: Mapping[tuple[str, int], float],
+    name: str,
+    curve: Curve,
+    steps: float,
+    noise: NoiseByBudget,
 ) -> Estimate:
     """A combination of end losses minus the loss that `name`, whose curve it is, has after so many steps;
     rises in the steps; with its interval.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sophia.lab.analysis.seed_noise import Ends, Estimate, Noise
+from sophia.lab.analysis.seed_noise import Ends, Estimate, NoiseByBudget
 from sophia.lab.analysis.speedup import Bounds, Curve, crossings, curve_of, distance, over_shapes
 from sophia.lab.analysis.totals import Row
 
@@ -55,7 +55,7 @@ class Reach:
         return f"more than {self.last:,}" if steps > self.last else f"{steps:,.0f}"
 
 
-def reach(rows: Sequence[Row], ends: Ends, contender: str, target: float, noise: Noise) -> Reach:
+def reach(rows: Sequence[Row], ends: Ends, contender: str, target: float, noise: NoiseByBudget) -> Reach:
     """Steps that the contender needs for a loss of ``target`` nats."""
     mine = sorted((r for r in rows if r.contender == contender and r.loss is not None), key=lambda r: r.steps)
     budget = next((r.steps for r in mine if r.loss is not None and r.loss <= target and not r.diverged), None)

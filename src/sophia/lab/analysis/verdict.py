@@ -20,9 +20,9 @@ from sophia.lab.analysis.read_records import Evidence, Run, read_evidence
 from sophia.lab.analysis.seed_noise import (
     OWN_SEEDS,
     Estimate,
-    Noise,
+    NoiseByBudget,
     contrast,
-    pooled_noise,
+    noise_by_budget,
     resolvable,
     seeds_needed,
 )
@@ -99,7 +99,7 @@ class Summary:
     evidence: Evidence
     rows: tuple[Row, ...]
     verdicts: tuple[Verdict, ...]
-    noise: Noise
+    noise: NoiseByBudget
     curve: Curve | None
     curve_problem: str | None
     """Why there is no speed-up, if there is none."""
@@ -139,10 +139,10 @@ def summarise(folder: Path) -> Summary:
 
 def judge(evidence: Evidence) -> Summary:
     """The summary of records that have been read."""
-    # Noise is pooled over the cells of all contenders, so each verdict rests on all finished runs. A diverged
+    # Noise is pooled over contenders, so each verdict rests on all finished runs of its budgets. A diverged
     # run has no end loss and is counted in the rows alone.
     ends = {(r.contender, r.steps, r.seed): loss for r in evidence.runs if (loss := _end_loss(r)) is not None}
-    noise = pooled_noise(ends, linked=evidence.linked)
+    noise = noise_by_budget(ends, linked=evidence.linked)
     rows = ends_of(evidence)
     curve = curve_of(ends, evidence.baseline, noise)
     missing, diverged = _gaps(rows)
@@ -171,7 +171,7 @@ def _end_loss(run: Run) -> float | None:
 def _verdict(
     evidence: Evidence,
     ends: dict[tuple[str, int, int], float],
-    noise: Noise,
+    noise: NoiseByBudget,
     curve: Curve | str,
     rows: Iterable[Row],
     contender: str,
@@ -209,7 +209,11 @@ def _verdict(
 
 
 def _speedups(
-    evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: Noise, curve: Curve, contender: str
+    evidence: Evidence,
+    ends: dict[tuple[str, int, int], float],
+    noise: NoiseByBudget,
+    curve: Curve,
+    contender: str,
 ) -> tuple[CostSpeedup, ...]:
     steps = speedup(ends, contender, evidence.baseline, curve, noise)
     if steps is None:
@@ -240,7 +244,11 @@ def _speedups(
 
 
 def _half_budget(
-    evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: Noise, contender: str, largest: int
+    evidence: Evidence,
+    ends: dict[tuple[str, int, int], float],
+    noise: NoiseByBudget,
+    contender: str,
+    largest: int,
 ) -> HalfBudget | None:
     # Budgets are whole steps, so half of an odd one may be off by one; a hundredth is let pass.
     half = next((b for b in evidence.budgets if abs(2 * b - largest) <= 0.01 * largest), None)
@@ -255,15 +263,16 @@ def _half_budget(
     return HalfBudget(answer, half, estimate, sentence)
 
 
-def _power(evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: Noise) -> str:
+def _power(evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: NoiseByBudget) -> str:
     largest = max((b for _, b, _ in ends), default=0)
     seeds = sum((c, b) == (evidence.baseline, largest) for c, b, _ in ends)
-    if noise.degrees == 0 or seeds == 0:
+    if seeds == 0 or noise.at[largest].degrees == 0:
         return power_sentence(RESOLVE, seeds, None, None)
+    here = noise.at[largest]
     # From five seeds on (`OWN_SEEDS`) an interval is made of a contender's own seeds, below that of the pool.
-    degrees = float(noise.degrees if seeds < OWN_SEEDS else seeds - 1)
+    degrees = float(here.degrees if seeds < OWN_SEEDS else seeds - 1)
     return power_sentence(
-        RESOLVE, seeds, resolvable(noise, seeds, degrees), seeds_needed(noise, RESOLVE, at_least=seeds)
+        RESOLVE, seeds, resolvable(here, seeds, degrees), seeds_needed(here, RESOLVE, at_least=seeds)
     )
 
 

@@ -217,7 +217,7 @@ def route_sentence(estimate: Estimate) -> str:
     degrees = f"Student's t with {estimate.degrees:.0f} degrees of freedom"
     if estimate.own:
         return f"paired differences of {estimate.seeds} seeds, {degrees}"
-    why = f"noise pooled over all contenders and budgets because there are fewer than {OWN_SEEDS}"
+    why = f"noise pooled over all contenders because there are fewer than {OWN_SEEDS}"
     return f"{plural(estimate.seeds, 'paired seed')}, {why}, {degrees}"
 
 

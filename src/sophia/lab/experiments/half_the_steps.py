@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sophia.lab.analysis.read_records import read_evidence
-from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.analysis.seed_noise import Estimate, contrast, noise_by_budget
 from sophia.lab.analysis.speedup import Ratio, curve_of, speedup
 from sophia.lab.data import corpus, tokens
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
@@ -154,7 +154,7 @@ def gaps(records: Records) -> list[Gap]:
             if r.result["loss"] is not None
         }
         most = max(r.case["steps"] for r in rows)
-        noise = pooled_noise(ends)
+        noise = noise_by_budget(ends)
         difference = contrast(ends, {(CONTENDER, most // 2): 1.0, (BASELINE, most): -1.0}, noise)
         if difference is None:
             continue

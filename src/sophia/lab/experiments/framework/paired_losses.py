@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sophia.lab.analysis.seed_noise import Estimate, contrast, pooled_noise
+from sophia.lab.analysis.seed_noise import Estimate, contrast, noise_by_budget
 from sophia.lab.experiments.framework.records import Row
 
 __all__ = ["loss_differences"]
@@ -21,7 +21,7 @@ def loss_differences(rows: Sequence[Row], key: str, base: str) -> dict[str, Esti
         for row in rows
         if row.case[key] not in lost
     }
-    noise = pooled_noise(ends)
+    noise = noise_by_budget(ends)
     names = dict.fromkeys(row.case[key] for row in rows)
     return {
         name: None if {name, base} & lost else contrast(ends, {(name, 0): 1.0, (base, 0): -1.0}, noise)
