@@ -279,7 +279,7 @@ def factored_direction(m: Tensor, root: Tensor, r: Tensor, *, eps: float) -> Ten
 
 
 def along(moment: Tensor, basis: Tensor) -> Tensor:
-    """Return the diagonal of ``Q' M Q``, (n,), not below zero: the second moments M along the columns of Q."""
+    """Return the diagonal of ``Q' M Q``, (n,), not below zero: second moments M along the columns of Q."""
     return ((moment @ basis) * basis).sum(0).clamp(min=0)
 
 

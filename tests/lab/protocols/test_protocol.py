@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -32,6 +33,34 @@ def test_each_preset_survives_being_written(name, tmp_path):
     path.write_text(protocol_file.text_of(protocol))
     assert protocol_file.load(path) == protocol
     assert from_json(Protocol, to_json(protocol)).hash == protocol.hash
+
+
+RECORDS = sorted((Path(__file__).parents[3] / "results").rglob("protocol.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
+def test_the_protocol_of_a_record_is_read_back(path):
+    """Else nobody could make a committed record again but by the file that it once came from."""
+    frozen = json.loads(path.read_text())["protocol"]
+    read = to_json(protocol_file.load(path))
+    assert {name: read[name] for name in frozen} == frozen
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "holds no JSON object"),
+        ('{"runs": []}', "is no protocol.json of a comparison"),
+        ('{"protocol": {"sedes": 3}}', "mine.json: .*no field 'sedes'"),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_another_json_file_is_refused(content, message, tmp_path):
+    """Else the plan of a comparison, or a run's configuration, would be half read as a protocol."""
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        protocol_file.load(path)
 
 
 # From the code before protocols were files; those with the numerics of their contender are younger.

