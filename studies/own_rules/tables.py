@@ -1,15 +1,22 @@
-"""The tables of docs/research.md, as Markdown, from the records of comparisons.
+"""Tables of the pages, as Markdown, from the records of comparisons.
 
     python studies/own_rules/tables.py [--baseline NAME] results/comparisons/half-million [...]
+    python studies/own_rules/tables.py --write docs/research.md [...]
 
 For every contender: mean end loss and standard deviation over seeds at each budget, the difference at the
 largest with its 90% interval, and the speed-up over the baseline at equal loss in steps and in processor
 seconds, as ``sophia compare`` computes them (docs/report.md). Processor seconds, not those of the clock: the
 runs were made beside other work. What lies beyond the baseline's budgets is given as a bound. With
 ``--baseline`` another contender is the mark.
+
+A page says above a table which command made it, in a comment such as
+``<!-- tables.py results/comparisons/quick -->``. ``--write`` makes all such tables of a page again; a test
+holds that nothing changes.
 """
 
 import argparse
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,13 +82,41 @@ def lines(folder: Path, baseline: str | None) -> Iterator[str]:
             yield verdict.half_budget.sentence
 
 
-if __name__ == "__main__":
+MARKED = re.compile(r"(?m)^<!-- tables\.py (?P<command>.*) -->\n(?P<table>(?:\|.*\n)*)")
+
+
+def table(folder: Path, baseline: str | None) -> str:
+    """The rows alone, a line each."""
+    return "".join(line + "\n" for line in lines(folder, baseline) if line.startswith("|"))
+
+
+def made_again(page: str, root: Path) -> str:
+    """A page with its marked tables as the records under ``root`` have them."""
+
+    def again(found: re.Match[str]) -> str:
+        options = arguments().parse_args(shlex.split(found["command"]))
+        (folder,) = options.folders
+        return f"<!-- tables.py {found['command']} -->\n{table(root / folder, options.baseline)}"
+
+    return MARKED.sub(again, page)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Of the command, and of a mark in a page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--baseline")
-    options = parser.parse_args()
-    for folder in options.folders:
-        print(f"\n{folder}\n")
-        print("\n".join(lines(folder, options.baseline)))
+    parser.add_argument("--write", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    given = arguments().parse_args()
+    for path in given.folders:
+        if given.write:
+            path.write_text(made_again(path.read_text(encoding="utf-8"), Path()), encoding="utf-8")
+        else:
+            print(f"\n{path}\n")
+            print("\n".join(lines(path, given.baseline)))

@@ -1,0 +1,51 @@
+"""Tables of the pages against the records that they name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "studies" / "own_rules"))
+
+import tables  # noqa: E402
+
+from sophia.lab.analysis.read_records import read_evidence  # noqa: E402
+from sophia.lab.analysis.verdict import judge  # noqa: E402
+from sophia.lab.analysis.verdict_words import difference_words  # noqa: E402
+
+HEAD = re.compile(r"(?m)^\| contender .*speed-up in steps")
+PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if HEAD.search(page.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_table_is_what_its_record_says(page: Path) -> None:
+    """A figure that nobody can make again: of older records, of older statistics, or mistyped."""
+    text = page.read_text(encoding="utf-8")
+    assert tables.made_again(text, ROOT) == text, f"write: python studies/own_rules/tables.py --write {page}"
+    assert len(tables.MARKED.findall(text)) == len(HEAD.findall(text)) > 0
+
+
+def test_a_wrong_figure_is_found() -> None:
+    """The test above would pass if marks were not understood."""
+    text = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    wrong = re.sub(r"(?m)^\| muon \| \d", "| muon | 9", text, count=1)
+    assert wrong != text
+    assert tables.made_again(wrong, ROOT) == text
+
+
+def test_the_first_page_says_what_its_record_says() -> None:
+    """The one figure that everybody reads."""
+    summary = judge(read_evidence(ROOT / "results" / "comparisons" / "quick"))
+    (verdict,) = summary.verdicts
+    ends = {row.contender: row.loss for row in summary.rows if row.steps == 800}
+    ratio = verdict.speedups[0].ratio
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"**{verdict.word}**" in text
+    assert f"loss {ends['sophia-g']:.3f} against {ends['adamw']:.3f} after 800 steps" in text
+    assert f"({difference_words(verdict.difference)})" in text
+    most, least = 1 / ratio.low, 1 / ratio.high
+    assert f"{1 / ratio.value:.2f} times the steps for the same loss ({least:.2f} to {most:.2f})" in text
