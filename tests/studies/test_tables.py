@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import tables
+
+from sophia.lab.analysis.read_records import read_evidence
+from sophia.lab.analysis.verdict import judge
+from sophia.lab.analysis.verdict_words import difference_words
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "studies" / "own_rules"))
-
-import tables  # noqa: E402
-
-from sophia.lab.analysis.read_records import read_evidence  # noqa: E402
-from sophia.lab.analysis.verdict import judge  # noqa: E402
-from sophia.lab.analysis.verdict_words import difference_words  # noqa: E402
-
 HEAD = re.compile(r"(?m)^\| contender .*speed-up in steps")
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if HEAD.search(page.read_text("utf-8"))]
 
