@@ -90,8 +90,13 @@ class Given(Estimator):
 
 
 def set_curvature(optimizer, diagonals):
-    """Renew h from these diagonals (in the order of the parameters) by a pass by hand; needs ``Given``."""
-    given = iter(diagonals)
+    """Renew h from these diagonals (in the order of the parameters) by a pass by hand; needs ``Given``.
+
+    Those of parameters whose rule has no curvature are left out.
+    """
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    asked = {id(p) for p in optimizer._with_curvature()} or {id(p) for p in every}
+    given = iter([d for p, d in zip(every, diagonals, strict=True) if id(p) in asked])
     optimizer.estimator.diagonal_of = lambda _: next(given)
     with optimizer.hessian_pass():
         pass

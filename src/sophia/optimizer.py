@@ -166,7 +166,7 @@ class Sophia(torch.optim.Optimizer):
         check_option("rule", rule, tuple(RULES))
         by = RULES[rule]
         named = {"betas": betas, "eps": eps, "gamma": gamma, "damping": damping, "update_every": update_every}
-        if gamma is not None and not by.has_curvature:
+        if gamma is not None and not by.knows_curvature:
             raise ValueError(
                 f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
                 "would have no effect. Leave it out, or use rule='damped'"
@@ -646,7 +646,7 @@ class Sophia(torch.optim.Optimizer):
         for group in groups:
             beta2 = float(group["betas"][1])
             keys = self._keys("refresh", group)
-            for parameter in group["params"]:
+            for parameter in _divided_by_h(group):
                 if id(parameter) not in diagonals:
                     continue  # frozen: no state is made, and what there is stays
                 diagonal = diagonals[id(parameter)]  # None: the pass does not reach it, its estimate is zero
@@ -668,7 +668,7 @@ class Sophia(torch.optim.Optimizer):
             self._warn_once("stale", message)
 
     def _say_if_adamws(self, named: Mapping[str, Any]) -> None:
-        if not _has_curvature({"rule": named.get("rule", "paper")}):
+        if not RULES[named.get("rule", "paper")].knows_curvature:
             return  # its betas are Adam's
         if (message := adamws_betas_and_eps(named)) is not None:
             self._warn_once("adamw", message)
@@ -711,7 +711,7 @@ class Sophia(torch.optim.Optimizer):
         ranks = self._refresher.ranks(self._model, parameters) if all_ranks else None
         mine = {id(p) for p in parameters if ranks is None or ranks.answers_for(p)}
         held = [
-            (g, [self.state[p] for p in g["params"] if id(p) in mine and self.state.get(p)])
+            (g, [self.state[p] for p in _divided_by_h(g) if id(p) in mine and self.state.get(p)])
             for g in filter(_has_curvature, self.param_groups)
         ]
         groups = [
@@ -725,7 +725,10 @@ class Sophia(torch.optim.Optimizer):
         ]
         first = self.param_groups[0]
         sizes = [
-            (RULES[g["rule"]], p.numel()) for g in self.param_groups for p in g["params"] if p.requires_grad
+            (RULES[g["rule"]].moving(p), p.numel())
+            for g in self.param_groups
+            for p in g["params"]
+            if p.requires_grad
         ]
         every = sum(size for _, size in sizes) or 1
         return {
@@ -783,8 +786,7 @@ class Sophia(torch.optim.Optimizer):
 
     def _with_curvature(self) -> list[Tensor]:
         """What trains by a rule that divides by h."""
-        groups = filter(_has_curvature, self.param_groups)
-        return [p for group in groups for p in group["params"] if p.requires_grad]
+        return [p for group in self.param_groups for p in _divided_by_h(group) if p.requires_grad]
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
@@ -908,7 +910,11 @@ def _step_outside_of_graphs(work: Work) -> None:
 
 
 def _has_curvature(group: Mapping[str, Any]) -> bool:
-    return RULES[group["rule"]].has_curvature
+    return bool(_divided_by_h(group))
+
+
+def _divided_by_h(group: Mapping[str, Any]) -> list[Tensor]:
+    return RULES[group["rule"]].divided_by_h(group["params"])
 
 
 def _number(value: float | Tensor) -> float:

@@ -32,8 +32,8 @@ v1 wrote eta clip(m / max(h, eps), rho) = (eta rho) clip(m / max(rho h, rho eps)
 rho is our lr, its rho is our gamma. B is the number of predictions (tokens) averaged in the loss; h is stored
 already multiplied by it, so that gamma means the same at every batch size and there is no ``bs`` here.
 
-Two rules of our own stand beside the published one, with the same two buffers (``rule=`` of ``Sophia``; what
-they gain is measured in ``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
+Two rules of our own stand beside the published one (``rule=`` of ``Sophia``; what they gain is measured in
+``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
 
     damped     theta <- theta - lr s clip(u / max(gamma h, damping r, eps), 1)
     spectral   theta <- theta - lr s D / rms(D),   D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
@@ -43,8 +43,10 @@ little, as a rare token's embedding should be between two of its occurrences; by
 at full lr, in a direction long out of date, until m has decayed below gamma h. r is that of the step before,
 as it changes little and that of the same step would take one more pass over memory. Spectral: the clip of
 Algorithm 3 bounds every entry of the step by 1, this one every singular value, so that directions shared by
-many coordinates, which a diagonal h cannot see, are bounded too; R and C are the means of h over columns and
-rows. s is a number for the kind of tensor. In both, m and h are corrected for their start at zero.
+many coordinates, which a diagonal h cannot see, are bounded too; R and C are the mean squares of u over
+columns and rows, relative to their mean. It has h for what is no hidden matrix alone: in the place of R and C
+its means over columns and rows are no better, and dearer (docs/research.md). s is a number for the kind of
+tensor. In both, m and h are corrected for their start at zero.
 
 A third has no curvature: it divides by second moments of the gradients themselves, and nothing is ever
 refreshed. For hidden matrices, and for other matrices (written for one whose short side are its rows)::
@@ -207,22 +209,22 @@ def rms(u: Tensor) -> Tensor:
     return (u.square().sum() / max(u.numel(), 1)).sqrt()
 
 
-def spectral_direction(u: Tensor, h: Tensor, *, polar_of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by the curvature.
+def spectral_direction(
+    u: Tensor, *, power: float, polar_of: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by its own squares.
 
-    The steepest descent of u among steps D with ``|| R^1/4 D C^1/4 || <= 1`` in the spectral norm, R and C
-    the means of h over columns and rows: sharp rows and columns get less of the step. Without curvature (h
-    constant) it is the step of Muon.
+    The steepest descent of u among steps D with ``|| R^p D C^p || <= 1`` in the spectral norm, R and C the
+    mean squares of u over columns and rows: rows and columns that are large in all of u get less of the step.
+    Where they are all alike it is the step of Muon.
 
     Args:
         u: the momentum, (a, b).
-        h: the curvature, (a, b); entries below zero count through the means alone.
+        power: p, of the mean squares relative to their mean.
         polar_of: a faster way to the same as ``polar``.
     """
-    rows, columns = _whitening(h.mean(1, keepdim=True)), _whitening(h.mean(0, keepdim=True))
-    d = rows * (polar_of or polar)(rows * u * columns) * columns
-    size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
-    return torch.div(d * math.sqrt(d.numel()), size)
+    rows, columns = (_relative(u.square().mean(side, keepdim=True), 0.0) ** -power for side in (1, 0))
+    return _of_rms_one(rows * (polar_of or polar)(rows * u * columns) * columns)
 
 
 def second_moment(g: Tensor) -> Tensor:
@@ -252,9 +254,7 @@ def whitened_direction(
     mean = x.square().mean(0, keepdim=True)
     columns = _relative(mean, damping) ** -power
     d = root @ (polar_of or polar)(root @ x * columns) * columns
-    d = d if x is u else d.T
-    size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
-    return torch.div(d * math.sqrt(d.numel()), size)
+    return _of_rms_one(d if x is u else d.T)
 
 
 def factored_direction(m: Tensor, root: Tensor, r: Tensor, *, eps: float) -> Tensor:
@@ -342,7 +342,6 @@ def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
     return x.T if turned else x
 
 
-def _whitening(mean: Tensor) -> Tensor:
-    """``(mean / its mean)^-1/4``; rows or columns without curvature count as a millionth of the average."""
-    relative = mean / mean.mean().clamp(min=torch.finfo(mean.dtype).tiny)
-    return torch.pow(relative.clamp(min=1e-6), -0.25)
+def _of_rms_one(d: Tensor) -> Tensor:
+    size = torch.linalg.vector_norm(d).clamp(min=1e-30)  # a tensor of zeros does not move
+    return torch.div(d * math.sqrt(d.numel()), size)

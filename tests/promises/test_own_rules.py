@@ -18,13 +18,13 @@ from sophia.step.rules import DAMPED, StepSettings
 from sophia.update_rule import corrected_gamma, damped_direction, polar, spectral_direction
 
 
-def svd_direction(u, h):
+def svd_direction(u):
     """The spectral step in numpy, by a singular value decomposition in place of the iteration."""
 
     def whitening(mean):
         return np.maximum(mean / mean.mean(), 1e-6) ** -0.25
 
-    rows, columns = whitening(h.mean(1, keepdims=True)), whitening(h.mean(0, keepdims=True))
+    rows, columns = whitening((u**2).mean(1, keepdims=True)), whitening((u**2).mean(0, keepdims=True))
     left, _, right = np.linalg.svd(rows * u * columns, full_matrices=False)
     d = rows * (left @ right) * columns
     return d / np.sqrt((d**2).mean())
@@ -68,11 +68,16 @@ def test_polar_has_the_singular_vectors_and_values_near_one(shape):
     torch.testing.assert_close(inside, torch.diag(inside.diagonal()), atol=1e-8, rtol=0)
 
 
+def uneven(shape, seed):
+    """Rows and columns of sizes apart by a hundred."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return torch.logspace(-2, 0, shape[0])[:, None] * u * torch.logspace(0, -2, shape[1])
+
+
 def test_the_spectral_step_is_that_of_a_decomposition():
-    generator = torch.Generator().manual_seed(1)
-    u = torch.randn(8, 20, dtype=torch.float64, generator=generator)
-    h = torch.rand(8, 20, dtype=torch.float64, generator=generator) * torch.logspace(-3, 0, 20).double()
-    d, exact = array(spectral_direction(u, h)), svd_direction(array(u), array(h))
+    u = uneven((8, 20), seed=1)
+    d, exact = array(spectral_direction(u, power=1 / 4)), svd_direction(array(u))
     assert np.sqrt((d**2).mean()) == pytest.approx(1)
     cosine = (d * exact).sum() / np.linalg.norm(d) / np.linalg.norm(exact)
     assert cosine > 0.97  # the iteration leaves singular values within 0.7..1.2, the decomposition at 1
@@ -81,25 +86,52 @@ def test_the_spectral_step_is_that_of_a_decomposition():
 def test_it_is_steepest_for_its_norm():
     """No other step of the same norm in the whitened space has a larger product with the momentum."""
     generator = torch.Generator().manual_seed(2)
-    u = torch.randn(6, 6, dtype=torch.float64, generator=generator)
-    h = torch.rand(6, 6, dtype=torch.float64, generator=generator)
-    rows = (h.mean(1, keepdim=True) / h.mean()) ** 0.25
-    columns = (h.mean(0, keepdim=True) / h.mean()) ** 0.25
+    u = uneven((6, 6), seed=2)
+    rows = (u.square().mean(1, keepdim=True) / u.square().mean()) ** 0.25
+    columns = (u.square().mean(0, keepdim=True) / u.square().mean()) ** 0.25
 
     def gain(d):
         return float((u * d).sum() / torch.linalg.matrix_norm(rows * d * columns, 2))
 
-    ours = gain(torch.from_numpy(svd_direction(array(u), array(h))))
+    ours = gain(torch.from_numpy(svd_direction(array(u))))
     others = [gain(torch.randn(6, 6, dtype=torch.float64, generator=generator)) for _ in range(200)]
     assert ours > max([*others, gain(u), gain(u.sign()), gain(polar(u))])
 
 
-def test_sharp_rows_move_less():
-    u = torch.eye(6, dtype=torch.float64) + 0.1
-    h = torch.ones(6, 6, dtype=torch.float64)
-    h[0] = 1e4
-    rows = spectral_direction(u, h).norm(dim=1)
-    assert rows[0] < 0.3 * rows[1:].min()
+def test_rows_that_are_large_in_all_of_the_momentum_move_less():
+    u = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    even = spectral_direction(u, power=1 / 4).norm(dim=1)
+    u[0] *= 100
+    rows = spectral_direction(u, power=1 / 4).norm(dim=1)
+    assert rows[0] / rows[1:].mean() < 0.3 * even[0] / even[1:].mean()
+
+
+def test_the_spectral_rule_keeps_no_more_than_the_momentum_of_hidden_matrices():
+    """A second buffer that nothing reads, or a refresh that computes it."""
+    model = Block()
+    optimizer = Sophia(model, lr=0.01, rule="spectral", mode="manual", estimator=Given())
+    set_curvature(optimizer, [torch.ones_like(p) for g in optimizer.param_groups for p in g["params"]])
+    give(list(model.parameters()), noise_like(list(model.parameters()), 0))
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = set(optimizer.state[p])
+        assert kept == (
+            {"exp_avg"} if name in ("up.weight", "down.weight") else {"exp_avg", "hessian", "momentum_rms"}
+        )
+    stats = optimizer.stats()
+    hidden = sum(p.numel() for p in (model.up.weight, model.down.weight))
+    assert stats["has_curvature"] == pytest.approx(1 - hidden / sum(p.numel() for p in model.parameters()))
+
+
+def test_a_vector_in_a_group_of_the_spectral_rule_has_curvature():
+    """A group by hand that is not split: its bias would be divided by an h that nobody renews."""
+    model = Block()
+    groups = [{"params": [model.up.weight, model.norm.weight], "rule": "spectral", "scale": 1.0}]
+    optimizer = Sophia(groups, lr=0.01, mode="manual", estimator=Given(lambda p: 7 * torch.ones_like(p)))
+    with optimizer.hessian_pass():
+        pass
+    assert "hessian" not in optimizer.state[model.up.weight]
+    torch.testing.assert_close(optimizer.state[model.norm.weight]["hessian"], 0.7 * torch.ones(6))
 
 
 def test_damping_is_a_floor_relative_to_the_tensor():
@@ -149,7 +181,7 @@ def test_ten_steps_against_numpy(rule):
             curvature = h[name] / (1 - beta2**refreshes)
             hidden = name in ("up.weight", "down.weight")
             if hidden and rule == "spectral":
-                rounded = spectral_direction(torch.from_numpy(u), torch.from_numpy(curvature))
+                rounded = spectral_direction(torch.from_numpy(u), power=1 / 4)
                 direction = 0.2 * array(rounded)
             else:
                 # The floor is by the step before.

@@ -136,7 +136,8 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
             f"scale={group['scale']!r} with rule={group['rule']!r}: that rule moves all kinds of tensors "
             "by lr alone. Give the group another lr, or another rule"
         )
-    if not RULES[group["rule"]].has_curvature and (group["differentiable"] or group["capturable"]):
+    kept = RULES[group["rule"]].statistics
+    if kept is not None and kept.decomposes and (group["differentiable"] or group["capturable"]):
         raise RuntimeError(
             f"rule={group['rule']!r} decomposes matrices every few steps, which goes with neither "
             "differentiable=True nor capturable=True: use rule='paper'"

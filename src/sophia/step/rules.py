@@ -8,16 +8,14 @@ rule at all runs in ``kernels/single_tensor.py``, by its ``direction``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from sophia.step.polar import polar_of
-from sophia.step.second_moments import Factored, SecondMoments, Whitened
-from sophia.update_rule import clipped_direction, damped_direction, spectral_direction
+from sophia.step.second_moments import Equilibrated, Factored, SecondMoments, Whitened
+from sophia.update_rule import clipped_direction, damped_direction
 
 __all__ = ["DAMPED", "FACTORED", "PAPER", "RULES", "SPECTRAL", "WHITENED", "Rule", "StepSettings"]
 
@@ -100,6 +98,17 @@ class Rule:
         return self.statistics is None
 
     @property
+    def knows_curvature(self) -> bool:
+        """Whether it divides by h itself, or the rule that stands in for it does."""
+        return self.has_curvature or (self.otherwise is not None and self.otherwise.has_curvature)
+
+    def divided_by_h(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Those of the tensors under this rule that have curvature."""
+        if self.has_curvature == self.knows_curvature:
+            return list(tensors) if self.has_curvature else []
+        return [tensor for tensor in tensors if self.moving(tensor).has_curvature]
+
+    @property
     def needs_model(self) -> bool:
         """Whether kinds of tensors are told apart."""
         return self.kind_scales is not None
@@ -116,11 +125,6 @@ def _clipped(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tens
 def _damped(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
     assert size is not None
     return damped_direction(u, h, size=size, gamma=s.gamma, eps=s.eps, damping=s.damping)
-
-
-def _spectral(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
-    # A graph through the step takes the plain way.
-    return spectral_direction(u, h, polar_of=None if torch.is_grad_enabled() else polar_of)
 
 
 PAPER = Rule("paper", _clipped, betas=(0.96, 0.99), gamma=0.05, lr_over_adamw=0.5)
@@ -143,16 +147,16 @@ DAMPED = Rule(
 
 SPECTRAL = Rule(
     "spectral",
-    _spectral,
+    None,
     betas=(0.9, 0.9),
     gamma=0.2,
-    looks_ahead=True,
+    statistics=Equilibrated(power=1 / 4),
     starts_corrected=True,
     needs_whole=True,
     kind_scales=(0.2, 1.0),
     otherwise=DAMPED,
 )
-"""Singular values of hidden matrices bounded, whitened by rows and columns of h."""
+"""Singular values of hidden matrices bounded, whitened by the squares of their momentum."""
 
 FACTORED = Rule(
     "factored",

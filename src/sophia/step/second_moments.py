@@ -1,4 +1,5 @@
-"""Rules that need no curvature: the second moments of its own gradients that a parameter keeps for them.
+"""Rules that need no curvature: the second moments of its own gradients that a parameter keeps for them, or
+that its momentum has.
 
 Equations in ``update_rule.py``. All that is kept starts at zero and lies in the state of the parameter.
 """
@@ -9,6 +10,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from sophia.step.polar import polar_of
@@ -20,10 +22,11 @@ from sophia.update_rule import (
     look_ahead,
     second_moment,
     short_side_first,
+    spectral_direction,
     whitened_direction,
 )
 
-__all__ = ["Factored", "Moment", "SecondMoments", "Whitened"]
+__all__ = ["Equilibrated", "Factored", "Moment", "SecondMoments", "Whitened"]
 
 
 class Moment(NamedTuple):
@@ -43,13 +46,32 @@ class Moment(NamedTuple):
 class SecondMoments(Protocol):
     """Second moments of a parameter's gradients, and the direction that they give."""
 
+    @property
+    def decomposes(self) -> bool:
+        """Whether eigenvectors are renewed every few steps, which no graph may capture."""
+
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """What is kept for a parameter of this shape, by its name in the state."""
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        """Renew what is kept, in place, and return the direction of the step. ``kept["steps"]`` counts this
-        one: the parameter's own steps, as one that is unfrozen late begins late.
-        """
+        """Renew what is kept, in place, and return the direction of the step."""
+
+
+@dataclass(frozen=True)
+class Equilibrated:
+    """For hidden matrices: nothing but this step's momentum, whose rows and columns are scaled alike."""
+
+    power: float
+    decomposes = False
+
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+        u = look_ahead(seen.m, seen.g, beta1=seen.beta1)
+        # A graph through the step takes the plain way.
+        fast = None if torch.is_grad_enabled() else polar_of
+        return spectral_direction(u, power=self.power, polar_of=fast)
 
 
 @dataclass(frozen=True)
@@ -57,12 +79,13 @@ class Whitened:
     """For hidden matrices: the short side's second moment and its eigenvectors; of the long side nothing."""
 
     power: float
+    decomposes = True
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         return _of_short_side(shape)
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        _renew(kept, seen)
+        _renew(kept, seen, _counted(kept))
         # The values are this step's, at 2 n^3: they move faster than the eigenvectors, above all at first.
         values, basis = along(kept["second_moment"], kept["basis"]), kept["basis"]
         root = inverse_power(values, basis, power=self.power, damping=seen.damping)
@@ -82,6 +105,7 @@ class Factored:
     """
 
     power: float
+    decomposes = True
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if len(shape) != 2:
@@ -93,12 +117,12 @@ class Factored:
         }
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        started = 1 - seen.beta2 ** int(kept["steps"])
-        m = seen.m / (1 - seen.beta1 ** int(kept["steps"]))
+        steps = _counted(kept)
+        started, m = 1 - seen.beta2**steps, seen.m / (1 - seen.beta1**steps)
         if "exp_avg_sq" in kept:
             v = _averaged(kept["exp_avg_sq"], seen.g.square(), seen)
             return m / ((v / started).to(m.dtype).sqrt() + seen.eps)
-        now = _renew(kept, seen)
+        now = _renew(kept, seen, steps)
         # Of each step in the basis of its time, which knows that step's gradient hardly better than others.
         values = _averaged(kept["basis_squares"], along(now, kept["basis"]), seen)
         root = inverse_power(values, kept["basis"], power=self.power, damping=seen.damping)
@@ -111,12 +135,18 @@ def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {"steps": (), "second_moment": square, "basis": square}
 
 
-def _renew(kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+def _counted(kept: MutableMapping[str, Tensor]) -> int:
+    """The parameter's own steps, with this one: one that is unfrozen late begins late."""
+    kept["steps"] += 1
+    return int(kept["steps"])
+
+
+def _renew(kept: MutableMapping[str, Tensor], seen: Moment, steps: int) -> Tensor:
     """Average the short side's second moment, and decompose it where that is due; return this step's."""
     moment = kept["second_moment"]
     now = second_moment(seen.g.to(moment.dtype))
     _averaged(moment, now, seen)
-    if (int(kept["steps"]) - 1) % seen.every == 0:
+    if (steps - 1) % seen.every == 0:
         kept["basis"].copy_(eigenbasis(moment))
     return now
 

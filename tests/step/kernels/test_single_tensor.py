@@ -90,5 +90,6 @@ def test_decay_with_a_rate_in_half_precision(rule):
     lr = torch.tensor(1e-3, dtype=torch.bfloat16)
     given = StepSettings(rule, lr=lr, beta1=0.9, gamma=0.05, eps=1e-12, weight_decay=0.5, damping=0.5)
     sizes = [torch.zeros(())]
-    single_tensor.step([theta], [zeros], [zeros.clone()], [zeros], given, sizes=sizes)
+    h = zeros if rule.has_curvature else {}
+    single_tensor.step([theta], [zeros], [zeros.clone()], [h], given, sizes=sizes)
     torch.testing.assert_close(theta, torch.full_like(theta, 1 - float(lr) * 0.5))

@@ -100,8 +100,8 @@ class Estimate:
     degrees: float
     seeds: int
     own: bool
-    """True if the interval rests on this contrast's own seeds, False if on the noise pooled over all
-    cells.
+    """True if the interval rests on this contrast's own seeds, False if on the noise pooled over
+    contenders.
     """
 
     @property

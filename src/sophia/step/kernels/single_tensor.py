@@ -61,7 +61,6 @@ def step(
             direction = rule.direction(u, hessian.to(wide), size, s)
         else:
             assert rule.statistics is not None
-            hessian["steps"] += 1
             moment = Moment(g, m, s.beta1, s.beta2, s.every, s.damping, s.eps)
             direction = rule.statistics.direction(hessian, moment)
         # A graph through the step (to a tensor lr, say) needs the parameter as it was before it is stored.
