@@ -190,8 +190,8 @@ EXPERIMENT = Experiment(
         "Against the held-out loss, which falls from left to right, a line a seed: first-order gain and "
         "squared length of the step; curvature along it, of the whole Hessian and of its Gauss-Newton part; "
         "the same of the hidden matrices by themselves; the share of d'Hd that lies within tensors (dotted: "
-        "all); second-order penalty over first-order gain (above 1, dotted, the loss rises); what the best length "
-        "of a step in this direction would gain, by Gauss-Newton."
+        "all); second-order penalty over first-order gain (above 1, dotted, the loss rises); what the best "
+        "length of a step in this direction would gain, by Gauss-Newton."
     ),
     record=(
         "A contender and a seed: at each step looked at the held-out loss, its true change, -g'd, d'Hd, "

@@ -32,7 +32,7 @@ TITLES = {
     "gain of the best length": "Gain of the best length, nats",
 }
 LOGARITHMIC = ("-g'd", "|d|^2", "d'Gd / |d|^2", "gain of the best length")
-"""What is not negative as a rule. d'Hd may be: its axis is linear around zero."""
+"""What is not negative as a rule. d'Hd may be: then its axis is linear around zero."""
 
 
 def draw(records: Records) -> Figure:
@@ -56,13 +56,16 @@ def draw(records: Records) -> Figure:
             axes.set_yscale("log", nonpositive="mask")
         elif "Hd / |d|" in quantity or "hidden" in quantity:
             sizes = sorted(abs(v) for v in values if v)
-            axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 4] if sizes else 1.0)
+            if min(values, default=0) > 0:
+                axes.set_yscale("log")
+            elif sizes:
+                axes.set_yscale("symlog", linthresh=sizes[len(sizes) // 4])
         elif quantity == "penalty / gain":
             axes.axhline(1, color="#999999", lw=0.8, ls=":")
             axes.set_ylim(-0.5, 3)
         else:
             axes.axhline(1, color="#999999", lw=0.8, ls=":")
-            axes.set_ylim(-1, 3)
+            axes.set_ylim(-0.5, 2)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     return figure
