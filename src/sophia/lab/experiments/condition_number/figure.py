@@ -140,6 +140,8 @@ def _matrix(axes: Any, records: Records, orientation: str) -> None:
             face = "white" if row.result["steps"] is None else colour
             axes.plot(a, b, "o", ms=4, mfc=face, color=colour)
     axes.set(xscale="log", yscale="log", xlabel="condition number", ylim=(20, 2e4))
-    axes.set_xlim(0.6 * min(records.values("kappa")), 1.7 * max(records.values("kappa")))  # one for all panels
+    axes.set_xlim(
+        0.6 * min(records.values("kappa")), 1.7 * max(records.values("kappa"))
+    )  # one for all panels
     axes.set_title(f"Matrix of 8 x 12, {orientation}: steps", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=2)

@@ -14,7 +14,18 @@ import numpy as np
 from sophia.lab.experiments.framework.records import Records, Row
 from sophia.lab.experiments.sharpness.along_a_step import KINDS, kind
 
-__all__ = ["BASE", "LEVELS", "QUANTITIES", "Curve", "Quantity", "compared", "curve", "expanded", "matched"]
+__all__ = [
+    "BASE",
+    "LEVELS",
+    "QUANTITIES",
+    "Curve",
+    "Quantity",
+    "at_equal_steps",
+    "compared",
+    "curve",
+    "expanded",
+    "matched",
+]
 
 BASE = "adamw"
 LEVELS = 5
@@ -49,12 +60,12 @@ def expanded(row: Row) -> list[dict[str, Any]]:
     return [p for p in row.result["points"] if None not in [v for v in p.values() if not isinstance(v, list)]]
 
 
-def curve(records: Records, contender: str, seed: int, quantity: str) -> Curve:
-    """Of one run, from the highest loss down; empty where there is none."""
+def curve(records: Records, contender: str, seed: int, quantity: str, *, over: str = "loss") -> Curve:
+    """Of one run, over the loss or the "step", from the highest down; empty where there is none."""
     found: Curve = []
     for row in records.where(contender=contender, seed=seed):
         hidden = [i for i, part in enumerate(row.result["parts"]) if kind(part) == "hidden"]
-        found += [(p["loss"], QUANTITIES[quantity](p, hidden)) for p in expanded(row)]
+        found += [(p[over], QUANTITIES[quantity](p, hidden)) for p in expanded(row)]
     return sorted(found, reverse=True)
 
 
@@ -76,6 +87,16 @@ def matched(one: Curve, other: Curve, levels: int = LEVELS) -> list[tuple[float,
         losses, values = (np.array(column) for column in zip(*sorted(c), strict=True))
         sides.append(np.interp(at, losses, values).tolist())
     return list(zip(at.tolist(), *sides, strict=True))
+
+
+def at_equal_steps(records: Records, contender: str, quantity: str) -> list[tuple[float, float]]:
+    """The same as ``compared``, where the steps are the same and the losses are not."""
+    found = []
+    for seed in sorted(records.values("seed")):
+        ours, base = (dict(curve(records, name, seed, quantity, over="step")) for name in (contender, BASE))
+        if both := ours.keys() & base.keys():
+            found.append((fmean(ours[step] for step in both), fmean(base[step] for step in both)))
+    return found
 
 
 def compared(records: Records, contender: str, quantity: str) -> list[tuple[float, float]]:
