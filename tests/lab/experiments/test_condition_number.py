@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 
-from sophia.lab.experiments.condition_number import descents, experiment
-from sophia.lab.experiments.condition_number.convex_problems import RADIUS, Valley, rotation, shares, spectrum
+from sophia import Sophia
+from sophia.lab.experiments.condition_number import descents, experiment, matrix_rules
+from sophia.lab.experiments.condition_number.convex_problems import (
+    RADIUS,
+    Valley,
+    kronecker,
+    rotation,
+    shares,
+    spectrum,
+)
+from sophia.lab.experiments.framework.records import Records
 from sophia.update_rule import average_curvature, sophia_step
 
 PHIS = list(RADIUS)
@@ -145,3 +154,110 @@ def test_a_rotation_turns_by_the_angle_and_none_at_zero():
         torch.testing.assert_close(q @ q.T, torch.eye(5, dtype=torch.float64))
         if largest:
             assert float(torch.linalg.eigvals(q).angle().abs().max()) == pytest.approx(largest)
+
+
+def sides(a, b, turned):
+    return [
+        rotation(side, seed) if turn else torch.eye(side, dtype=torch.float64)
+        for seed, (side, turn) in enumerate(zip((a, b), turned, strict=True), start=1)
+    ]
+
+
+@pytest.mark.parametrize("turned", experiment.TURNED.values())
+def test_the_problem_of_a_matrix_is_what_is_said(turned):
+    """A rotation of another side, or eigenvalues that are no Kronecker product. The quadratic is
+    <W, A diag(a) A' W B diag(b) B'> / 2, written out with matrices.
+    """
+    kappa, (rows, columns) = 1e4, sides(3, 5, turned)
+    w = torch.randn(4, 3, 5, dtype=torch.float64)
+    one, other = ((q * spectrum(len(q), kappa**0.5)) @ q.T for q in (rows, columns))
+    quadratic = kronecker("quadratic", kappa, rows, columns)
+    expected = (w * (one @ w @ other)).sum((-2, -1)) / 2
+    torch.testing.assert_close(quadratic.loss(w.flatten(1)), expected)
+    torch.testing.assert_close(quadratic.gradient(w.flatten(1)), (one @ w @ other).flatten(1))
+    f = kronecker("log cosh", kappa, rows, columns)
+    points = w.flatten(1)
+    torch.testing.assert_close(f.gradient(points), torch.func.vmap(torch.func.grad(f.loss))(points))
+    torch.testing.assert_close(f.hessian(points), torch.func.vmap(torch.func.hessian(f.loss))(points))
+    at_minimum = torch.zeros(15, dtype=torch.float64)
+    assert float(f.loss(at_minimum)) == 0
+    assert not f.gradient(at_minimum).any()
+    torch.testing.assert_close(f.hessian(at_minimum), torch.kron(one, other))
+    values = torch.linalg.eigvalsh(f.hessian(at_minimum))
+    torch.testing.assert_close(values, f.eigenvalues.sort().values, rtol=1e-7, atol=0)
+    assert float(values[-1] / values[0]) == pytest.approx(kappa)
+    torch.testing.assert_close(f.loss(f.start(shares(15, random=2), 1.0)), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", ["spectral", "whitened", "factored"])
+def test_rules_mapped_over_matrices_are_those_of_the_class(rule):
+    """Another rule under this name; lr differs by setting, and each start is a matrix of its own."""
+    f = kronecker("log cosh", 100.0, *sides(*matrix_rules.SHAPE, (False, False)))
+    start, lrs = f.start(shares(96, random=1), 1.0), (0.01, 0.03)
+    points = start.repeat(2, 1, 1)
+    update = matrix_rules.METHODS[rule][0](f, points, [{"lr": lr} for lr in lrs])
+    leaves = [[s.reshape(matrix_rules.SHAPE).clone().requires_grad_() for s in start] for _ in lrs]
+    groups = [{"params": some, "lr": lr, "scale": 1.0} for some, lr in zip(leaves, lrs, strict=True)]
+    optimizer = Sophia(groups, rule=rule, mode="manual", weight_decay=0.0)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(23):
+        noise = f.noise((len(start),), 1000, generator)
+        for some in leaves:
+            for leaf, z in zip(some, noise, strict=True):
+                leaf.grad = (f.gradient(leaf.detach().reshape(-1)) + z).view_as(leaf)
+        optimizer.step()
+        update(noise, step)
+    found = torch.stack([torch.stack([p.detach().reshape(-1) for p in some]) for some in leaves])
+    torch.testing.assert_close(points, found, rtol=0, atol=1e-7)  # polar factors by another order of products
+    assert (points - start).abs().max() > 0.05
+
+
+def test_muons_step_is_the_polar_factor_of_momentum():
+    """A control that whitens. Against singular vectors: all singular values near one, of rms 1."""
+    f = kronecker("log cosh", 100.0, *sides(*matrix_rules.SHAPE, (True, True)))
+    start = f.start(shares(96, random=1)[-1:], 1.0)
+    points = start.repeat(1, 1, 1)
+    matrix_rules.METHODS["Muon"][0](f, points, [{"lr": 0.1}])(torch.zeros_like(start), 0)
+    moved = ((start - points[0]) / 0.1).reshape(matrix_rules.SHAPE)
+    assert float(moved.square().mean()) == pytest.approx(1)
+    u, _, v = torch.linalg.svd(f.gradient(start).reshape(matrix_rules.SHAPE), full_matrices=False)
+    inner = u.T @ moved @ v.T
+    assert (inner - torch.diag(inner.diagonal())).abs().max() < 1e-6 * inner.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept"), [((90, 95, 100), "whitened"), ((90, 95, 200), "none"), ((90, 95, None), "none")]
+)
+def test_rules_for_matrices_are_said_and_change_no_word(tmp_path, steps, kept):
+    """A verdict on the theorem that follows another method, or a property that was not there."""
+    words = []
+    for place, matrices in enumerate((False, True)):
+        records = Records(tmp_path / str(place))
+        kappas = (1.0, 1e2, 1e4)
+        for kappa in kappas:
+            for phi, d in (("log cosh", 10), ("pseudo-Huber", 10)):
+                records.add(
+                    {"part": "theorem", "phi": phi, "d": d, "kappa": kappa, "orientation": "axes"},
+                    steps=[10, 12],
+                    bound=12.0,
+                )
+            records.add({"part": "SignGD at its worst", "kappa": kappa}, steps=100, bound=9.0)
+            for orientation in ("axes", "rotated 1"):
+                case = {"part": "race", "method": "Sophia", "orientation": orientation, "kappa": kappa}
+                records.add(case, steps=80, settings={}, limit=20_000)
+        assert "Kronecker" not in experiment.verdict(records).sentence
+        if matrices:
+            for orientation in experiment.TURNED:
+                for kappa, some in zip(kappas, steps, strict=True):
+                    case = {
+                        "part": "matrix",
+                        "method": "whitened",
+                        "orientation": orientation,
+                        "kappa": kappa,
+                    }
+                    records.add(case, steps=some, settings={"lr": 0.1}, limit=5_000)
+        said = experiment.verdict(records)
+        words.append(said.word)
+        experiment.draw(records)
+    assert words == ["holds", "holds"]
+    assert said.sentence.count(f"the same within a factor of two: {kept}") == 3

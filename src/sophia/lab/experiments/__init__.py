@@ -18,6 +18,7 @@ NAMES: tuple[str, ...] = (
     "toy-landscape",
     "condition-number",
     "even-progress",
+    "sharpness",
     "estimators",
     "overhead",
     "stability",

@@ -5,7 +5,8 @@
 Its minimum is 0 at 0, its Hessian Q diag(lambda_i phi''(x_i)) Q^T, and mu, the smallest eigenvalue at the
 minimum, the smallest lambda. Assumption 4.2 of arXiv 2305.14342v4 asks for a radius R such that
 ``|a - b| <= R`` implies ``|| H(b)^-1 H(a) || <= 2``: the functions below have one that does not depend on the
-lambdas, and it is given in closed form.
+lambdas, and it is given in closed form. With Q a Kronecker product, theta is a matrix W and x is ``A' W B``
+(``kronecker``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RADIUS", "Valley", "rotation", "shares", "spectrum"]
+__all__ = ["RADIUS", "Valley", "kronecker", "rotation", "shares", "spectrum"]
 
 RADIUS: dict[str, float] = {
     # phi'' = sech^2, and cosh(b) / cosh(a) <= exp |a - b|
@@ -95,6 +96,17 @@ class Valley:
 def spectrum(d: int, kappa: float) -> Tensor:
     """Eigenvalues from 1 to the condition number, (d,), evenly spread in the logarithm."""
     return torch.logspace(0, math.log10(kappa), d, dtype=torch.float64)
+
+
+def kronecker(phi: str, kappa: float, rows: Tensor, columns: Tensor) -> Valley:
+    """A function of a matrix W (a, b), flattened row by row: ``L = sum_ij lambda_ij phi(x_ij)``, x = A' W B.
+
+    ``rows`` is A (a, a), ``columns`` B (b, b), both orthogonal. lambda_ij is a product of an eigenvalue for
+    each side, both up to the root of the condition number, so at the minimum the Hessian is a Kronecker
+    product, ``A diag(.) A' (x) B diag(.) B'``.
+    """
+    sides = [spectrum(len(side), math.sqrt(kappa)) for side in (rows, columns)]
+    return Valley(phi, torch.kron(*sides), torch.kron(rows.contiguous(), columns.contiguous()))
 
 
 def rotation(d: int, seed: int, angle: float | None = None) -> Tensor:

@@ -22,6 +22,10 @@ from sophia.lab.experiments.framework.progress import Progress
 __all__ = [
     "METHODS",
     "Arrival",
+    "Build",
+    "Methods",
+    "Settings",
+    "Update",
     "clipped_newton",
     "losses_by_dimension",
     "race",
@@ -99,6 +103,8 @@ Update = Callable[[Tensor, int], None]
 """``update(noise, step)``: gradients with this noise (starts, d), then one step of every setting."""
 Build = Callable[[Valley, Tensor, Sequence[Settings]], Update]
 """(valley, points (settings, starts, d), settings) -> how the points are moved, in place."""
+Methods = Mapping[str, tuple[Build, Sequence[Settings]]]
+"""How each method is built, and the settings among which its best is taken."""
 
 
 def race(
@@ -111,12 +117,13 @@ def race(
     predictions: int,
     seed: int,
     grid: Sequence[Settings] | None = None,
+    methods: Methods | None = None,
     progress: Progress | None = None,
 ) -> Arrival:
     """Run every setting of a method from all starts (n, d) on the same noisy gradients, until the first has
-    arrived.
+    arrived. None: of ``METHODS``.
     """
-    build, default = METHODS[method]
+    build, default = (METHODS if methods is None else methods)[method]
     settings = list(default if grid is None else grid)
     points = starts.repeat(len(settings), 1, 1)
     update = build(valley, points, settings)

@@ -20,17 +20,29 @@ COLOURS = {
     "Sophia, Rademacher": "#b8578f",
 }
 NEWTON = "#0072b2"
+MATRIX_COLOURS = {
+    "AdamW": COLOURS["AdamW"],
+    "Sophia, Rademacher": COLOURS["Sophia, Rademacher"],
+    "Muon": "#009e73",
+    "spectral": "#e69f00",
+    "whitened": "#0072b2",
+    "factored": "#56b4e9",
+}
 
 
 def draw(records: Records) -> Figure:
-    """Three panels: the theorem, the race, the angle."""
+    """Three panels: the theorem, the race, the angle; and a row for rules for matrices."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained", facecolor="white")
-    left, middle, right = figure.subplots(1, 3)
+    orientations = [o for o in records.values("orientation") if records.where(part="matrix", orientation=o)]
+    rows = 2 if orientations else 1
+    figure = Figure(figsize=(12, 4.2 * rows), layout="constrained", facecolor="white")
+    (left, middle, right), *below = figure.subplots(rows, 3, squeeze=False)
     _theorem(left, records)
     _race(middle, records)
     _angle(right, records)
+    for axes, orientation in zip(below[0] if below else [], orientations, strict=False):
+        _matrix(axes, records, orientation)
     return figure
 
 
@@ -115,3 +127,21 @@ def _angle(axes: Any, records: Records) -> None:
     axes.set(xscale="log", yscale="log", xlabel="largest angle, radians (leftmost: none)")
     axes.set_title("Race at condition number 1e4: steps", loc="left", fontsize=10)
     axes.legend(frameon=False, fontsize=7.5, loc="upper left")
+
+
+def _matrix(axes: Any, records: Records, orientation: str) -> None:
+    for method, colour in MATRIX_COLOURS.items():
+        rows = records.where(part="matrix", method=method, orientation=orientation)
+        tried = [row for row in rows if row.result["limit"] is not None]
+        x = [row.case["kappa"] for row in tried]
+        y = [row.result["limit"] if (s := row.result["steps"]) is None else s for row in tried]
+        axes.plot(x, y, "-", color=colour, label=method)
+        for a, b, row in zip(x, y, tried, strict=True):
+            face = "white" if row.result["steps"] is None else colour
+            axes.plot(a, b, "o", ms=4, mfc=face, color=colour)
+    axes.set(xscale="log", yscale="log", xlabel="condition number", ylim=(20, 2e4))
+    axes.set_xlim(
+        0.6 * min(records.values("kappa")), 1.7 * max(records.values("kappa"))
+    )  # one for all panels
+    axes.set_title(f"Matrix of 8 x 12, {orientation}: steps", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=7.5, loc="upper left", ncols=2)

@@ -1,0 +1,5 @@
+"""Curvature along the step that each optimizer takes."""
+
+from sophia.lab.experiments.sharpness.experiment import EXPERIMENT
+
+__all__ = ["EXPERIMENT"]
