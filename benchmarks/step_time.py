@@ -66,9 +66,11 @@ def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) ->
 
 
 def with_curvature(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """After a step, with such an h."""
+    """After a step, with such an h where the rule has one."""
     opt.step()
     for state in opt.state.values():
+        if "hessian" not in state:
+            continue
         noise = torch.randn_like(state["hessian"], dtype=torch.float32)
         state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
     return opt

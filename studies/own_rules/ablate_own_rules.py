@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,38 +26,75 @@ from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.lab.training import loop
 from sophia.step.polar import polar_of
 from sophia.step.rules import DAMPED, RULES, SPECTRAL, Rule, StepSettings
-from sophia.update_rule import spectral_direction
+from sophia.step.second_moments import Equilibrated, Moment
+from sophia.update_rule import look_ahead, rms, spectral_direction
 
 
-def without_whitening(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
-    """The spectral direction where all curvatures are equal."""
-    return spectral_direction(u, torch.ones_like(h), polar_of=polar_of)
+@dataclass(frozen=True)
+class Without(Equilibrated):
+    """The spectral step of a hidden matrix without one of its parts."""
+
+    ahead: bool = True
+    orthogonalised: bool = True
+
+    def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+        u = look_ahead(seen.m, seen.g, beta1=seen.beta1) if self.ahead else seen.m
+        fast = polar_of if self.orthogonalised else lambda x: x
+        return spectral_direction(u, power=self.power, polar_of=fast)
 
 
-def without_orthogonalisation(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
-    """The whitened momentum itself."""
-    return spectral_direction(u, h, polar_of=lambda x: x)
+def by_h(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
+    """Whitened by the means of h over columns and rows: curvature in the place of u's squares."""
+    rows, columns = (
+        (h.mean(side, keepdim=True) / h.mean().clamp(min=1e-30)).clamp(min=1e-6) for side in (1, 0)
+    )
+    d = rows**-0.25 * polar_of(rows**-0.25 * u * columns**-0.25) * columns**-0.25
+    return d / rms(d).clamp(min=1e-30)
 
 
-def both(**changes: Any) -> Rule:
-    """The spectral rule and the damped one beside it, with the same changes."""
-    return replace(SPECTRAL, otherwise=replace(DAMPED, **changes), **changes)
+def by_permuted_h(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
+    """The same numbers in the wrong places, the same ones at every step."""
+    generator = torch.Generator().manual_seed(h.size(0))
+    rows, columns = (torch.randperm(n, generator=generator) for n in h.shape)
+    return by_h(u, h[rows][:, columns], size, s)
+
+
+WITH_H = {"statistics": None, "looks_ahead": True}
 
 
 # name: contender, settings put over the protocol's, the rule that stands in the table instead. A changed rule
 # is none of those that the faster paths know, so the plain path takes it.
 PARTS: dict[str, tuple[str, dict[str, Any], Rule | None]] = {
     "spectral": ("sophia-spectral", {}, None),
-    "no whitening of the matrices by h": (
+    "matrices whitened by h": ("sophia-spectral", {}, replace(SPECTRAL, direction=by_h, **WITH_H)),
+    "matrices whitened by h in wrong places": (
         "sophia-spectral",
         {},
-        replace(SPECTRAL, direction=without_whitening),
+        replace(SPECTRAL, direction=by_permuted_h, **WITH_H),
     ),
-    "no orthogonalisation": ("sophia-spectral", {}, replace(SPECTRAL, direction=without_orthogonalisation)),
+    "power 1/8": ("sophia-spectral", {}, replace(SPECTRAL, statistics=Without(power=1 / 8))),
+    "no whitening of the matrices": ("sophia-spectral", {}, replace(SPECTRAL, statistics=Without(power=0.0))),
+    "no orthogonalisation": (
+        "sophia-spectral",
+        {},
+        replace(SPECTRAL, statistics=Without(power=1 / 4, orthogonalised=False)),
+    ),
     "no h outside the matrices": ("sophia-spectral", {"gamma": 1e-9}, None),
     "no damping": ("sophia-spectral", {"damping": 0.0}, None),
-    "no look-ahead": ("sophia-spectral", {}, both(looks_ahead=False)),
-    "no correction of m and h": ("sophia-spectral", {}, both(starts_corrected=False)),
+    "no look-ahead": (
+        "sophia-spectral",
+        {},
+        replace(
+            SPECTRAL,
+            statistics=Without(power=1 / 4, ahead=False),
+            otherwise=replace(DAMPED, looks_ahead=False),
+        ),
+    ),
+    "no correction of m and h": (
+        "sophia-spectral",
+        {},
+        replace(SPECTRAL, starts_corrected=False, otherwise=replace(DAMPED, starts_corrected=False)),
+    ),
     "damped": ("sophia-damped", {}, None),
     "damped, no damping": ("sophia-damped", {"damping": 0.0}, None),
     "damped, no h": ("sophia-damped", {"gamma": 1e-9}, None),

@@ -55,11 +55,15 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     return {name: kind(name, p) for name, p in model.named_parameters()}
 
 
-def shares(group: dict[str, Any], m: Tensor, g: Tensor, h: Tensor) -> tuple[float, float, float] | None:
-    """Counts of clipped, floor-limited and free coordinates in the step that was just taken."""
-    rule, beta1 = group["rule"], float(group["betas"][0])
-    if rule == "spectral":
+def shares(
+    group: dict[str, Any], m: Tensor, g: Tensor, h: Tensor | None
+) -> tuple[float, float, float] | None:
+    """Counts of clipped, floor-limited and free coordinates in the step that was just taken; None where the
+    rule has no h.
+    """
+    if h is None:
         return None
+    rule, beta1 = group["rule"], float(group["betas"][0])
     if rule == "paper":
         u, gamma, floor = m, float(group["gamma"]), float(group["eps"])
     else:
@@ -99,13 +103,13 @@ def measured(
                 rows = step.square().sum(1)
                 rare = float(rows[absent].sum() / rows.sum()) / float(absent.float().mean())
             if isinstance(optimizer, Sophia):
-                m, h = optimizer.state[p]["exp_avg"], optimizer.state[p]["hessian"]
+                m, h = optimizer.state[p]["exp_avg"], optimizer.state[p].get("hessian")
                 found = shares(group, m, grad, h)
                 whole = whole and found is not None
                 counts = [a + b for a, b in zip(counts, found or (0.0, 0.0, 0.0), strict=True)]
-                correction = 1 - float(group["betas"][1]) ** group["refreshes"]
+                correction = 1 - float(group["betas"][1]) ** group["refreshes"] or 1.0
                 m_squares += float(m.square().sum())
-                noise += float(h.clamp(min=0).sum()) / correction
+                noise += 0.0 if h is None else float(h.clamp(min=0).sum()) / correction
         names = ("clipped", "floor", "free")
         row: dict[str, Any] = {"tensors": kind, "size": math.sqrt(squares / size), "absent": rare}
         row |= {name: count / size if whole else None for name, count in zip(names, counts, strict=True)}
