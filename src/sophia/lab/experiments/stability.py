@@ -2,11 +2,11 @@
 
 Part "trick". From ordinary weights no regime was found, at sizes that take seconds, in which a doubled rate
 is stable with the scaling alone. Searched, with AdamW: 24 and 48 layers, widths 32 and 64, all weights at 1
-to 28 times their size, no warm-up, no clipping, bfloat16, rates up to where nothing is learned. Near the largest rate
-single seeds gain up to 0.2 nats by the scaling, others nothing. So the model *begins* with what large models
-arrive at after long training, attention that looks at one place: queries and keys of 16 times the size of the
-other weights. The gradient of each layer is then multiplied by its scores, and that of the stack by all of
-them; the scaling takes that away. What is asked is whether a step rule gets out of there without it.
+to 28 times their size, no warm-up, no clipping, bfloat16, rates up to where nothing is learned. Near the
+largest rate single seeds gain up to 0.2 nats by the scaling, others nothing. So the model *begins* with what
+large models arrive at after long training, attention that looks at one place: queries and keys of 16 times the
+size of the other weights. The gradient of each layer is then multiplied by its scores, and that of the stack
+by all of them; the scaling takes that away. What is asked is whether a step rule gets out of there without it.
 
 A learning rate is called *kept* if the run gains at least half, over the entropy of single bytes, of what the
 best run of that contender and seed gains, with the scaling or without. The largest stable learning rate is
@@ -348,8 +348,8 @@ EXPERIMENT = Experiment(
         "weights up to 28 times as large, no warm-up, no clipping, bfloat16). Sophia-G (single labels), "
         "AdamW and Lion with the settings of a search at 1.1M parameters, the damped rule and Muon with "
         f"those of one at 0.6M. The clipping: {ORDINARY.words}, {ORDINARY.model.layers} layers, ordinary "
-        "weights. The paper's runs begin with ordinary weights, are three hundred times larger and a thousand "
-        "times longer, in bfloat16, and had Sophia-H in this place."
+        "weights. The paper's runs begin with ordinary weights, are three hundred times larger and five "
+        "hundred times longer, in bfloat16, and had Sophia-H in this place."
     ),
     expected=(
         "AdamW and Sophia-G lost at every rate without the scaling, as in the runs by which the regime was "
