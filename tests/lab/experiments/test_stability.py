@@ -142,3 +142,13 @@ def test_a_quick_run_makes_every_row_once(tmp_path):
     assert runner.draw(stability.EXPERIMENT, records).exists()
     again = runner.run(stability.EXPERIMENT, tmp_path, Progress(), quick=True)
     assert len(again.rows) == len(records.rows)
+
+
+def test_a_run_that_was_stopped_is_drawn(tmp_path):
+    """An error in place of the picture of the rows so far."""
+    plant(tmp_path, LOST)
+    path = tmp_path / "records.jsonl"
+    lines = path.read_text().splitlines()
+    for rows in (1, 5, 40):
+        path.write_text("\n".join(lines[:rows]) + "\n")
+        stability.draw(Records(tmp_path))

@@ -49,7 +49,7 @@ SHAPE = Shape(
         initial_query_key_scale=16.0,
     ),
     batch=8,
-    # A hundred, and Lion learns nothing even with the scaling; two hundred, and AdamW has begun to get out of it.
+    # After 100 Lion has learned nothing even with the scaling, after 200 AdamW has begun to get out of it.
     steps=150,
     warmup=15,
     held_out=64,
@@ -300,8 +300,8 @@ def draw(records: Records) -> Figure:
             ]
             face = "white" if scaled else colour
             for ladder in ladders:
-                ends = [(lr, gain) for lr, gain in ladder.items() if gain > -inf]
-                axes.plot(*zip(*ends, strict=True), "." if ends else "", color=colour, ms=4, alpha=0.6)
+                if ends := [(lr, gain) for lr, gain in ladder.items() if gain > -inf]:
+                    axes.plot(*zip(*ends, strict=True), ".", color=colour, ms=4, alpha=0.6)
             means = [
                 (lr, fmean(g)) for lr in rates if (g := [d[lr] for d in ladders if d.get(lr, -inf) > -inf])
             ]
