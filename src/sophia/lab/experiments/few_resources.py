@@ -344,7 +344,8 @@ def draw(records: Records) -> Figure:
     if values:  # two seeds that differ much have an interval that would hide all others
         intervals.set_ylim(min(0, *values) - 0.15, max(0, *values) + 0.15)
         intervals.legend(frameon=False, fontsize=8)
-    intervals.set(xlabel="paired seeds")
+    longest = max((len(difference.values) for difference in found), default=2)
+    intervals.set(xlabel="paired seeds", xticks=range(2, longest + 1))
     intervals.set_title("Difference at the end, 90% interval", loc="left", fontsize=10)
     return figure
 
