@@ -7,6 +7,7 @@ import torch
 from sophia.lab.config.run import Model
 from sophia.lab.models.build import gpt2, parameter_count
 from sophia.lab.support.dataclass_json import from_json, to_json
+from sophia.lab.support.errors import UsageError
 
 SMALL = Model(layers=1, width=16, heads=2, context=8)
 
@@ -73,3 +74,21 @@ def test_attention_is_scaled_by_layer_only_if_asked():
     assert ends[0] != ends[1]
     assert "scale_attention_by_layer" not in to_json(plain)
     assert from_json(Model, to_json(scaled)) == scaled
+
+
+def test_initial_weights_are_scaled_where_it_is_asked_and_nowhere_else():
+    """Else attention would not begin as the experiment on stability says, or old runs would lose names."""
+    plain = Model(layers=2, width=16, heads=2, context=8)
+    large = dataclasses.replace(plain, initial_scale=4.0, initial_query_key_scale=16.0)
+    before, after = (dict(gpt2(m, seed=1).named_parameters()) for m in (plain, large))
+    for name, weights in before.items():
+        factor = 1.0 if weights.ndim == 1 else 4.0
+        expected = weights.detach() * factor
+        if name.endswith("attn.c_attn.weight"):
+            expected[:, :32] *= 16  # queries and keys; values as the rest
+        assert torch.equal(after[name], expected), name
+    assert to_json(plain).keys() == to_json(Model()).keys()
+    assert not {"initial_scale", "initial_query_key_scale"} & to_json(plain).keys()
+    assert from_json(Model, to_json(large)) == large
+    with pytest.raises(UsageError, match="a neox is not built with them"):
+        dataclasses.replace(large, kind="neox")

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 
 from sophia.lab.config.field_types import (
+    AboveZero,
     AtLeastZero,
     Count,
     Device,
@@ -65,8 +66,19 @@ class Model:
     """
     kind: Literal["gpt2", "neox"] = field(default="gpt2", metadata=LATER)
     """"gpt2", or "neox": rotary positions, attention and MLP in parallel, a head of its own."""
+    initial_scale: AboveZero = field(default=1.0, metadata=LATER)
+    """Factor on the initial weights of every matrix and embedding. GPT-2 alone has it."""
+    initial_query_key_scale: AboveZero = field(default=1.0, metadata=LATER)
+    """A further factor on those of queries and keys, so on the first scores its square: a large one begins
+    with attention that looks at one place, whose gradients a deep stack multiplies. GPT-2 alone has it.
+    """
 
     def __post_init__(self) -> None:
+        if self.kind == "neox" and (self.initial_scale, self.initial_query_key_scale) != (1.0, 1.0):
+            raise UsageError(
+                "model.initial_scale or model.initial_query_key_scale is not 1, but a neox is not built with "
+                'them. Leave them out, or use model.kind = "gpt2".'
+            )
         if self.kind == "neox" and self.scale_attention_by_layer:
             raise UsageError(
                 "model.scale_attention_by_layer is true, but a neox has no such scaling. Leave it out, or "

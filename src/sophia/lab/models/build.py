@@ -43,7 +43,7 @@ def _gpt2(config: Model) -> Any:
     with torch.device("cpu"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocabulary,
             n_positions=config.context,
@@ -60,6 +60,20 @@ def _gpt2(config: Model) -> Any:
             use_cache=False,
         )
     )
+    _scale_initial(model, config)
+    return model
+
+
+@torch.no_grad()
+def _scale_initial(model: Any, config: Model) -> None:
+    """Multiply initial weights; factors of 1, as of all runs but those of one experiment, touch nothing."""
+    if config.initial_scale != 1:
+        for weights in model.parameters():  # tied ones come once
+            if weights.ndim > 1:
+                weights.mul_(config.initial_scale)
+    if config.initial_query_key_scale != 1:
+        for block in model.transformer.h:  # columns: queries, keys, values
+            block.attn.c_attn.weight[:, : 2 * config.width].mul_(config.initial_query_key_scale)
 
 
 def _neox(config: Model) -> Any:

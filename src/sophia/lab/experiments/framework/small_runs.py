@@ -34,14 +34,17 @@ class Shape:
     """Steps."""
     held_out: int
     """Sequences of the evaluation at the end."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
 
     @property
     def words(self) -> str:
         """For people."""
         m = self.model
+        clipped = f"norm clipped at {self.clip:g}" if self.clip else "not clipped"
         return (
             f"GPT-2 of width {m.width} on the bytes of the built-in text, {self.batch} x {m.context} of them "
-            f"a step, {self.steps} steps (cosine, {self.warmup} of warm-up, gradient norm clipped at 1)"
+            f"a step, {self.steps} steps (cosine, {self.warmup} of warm-up, gradient {clipped})"
         )
 
 
@@ -78,6 +81,7 @@ class Bench:
             evaluation=Evaluation(every=steps, sequences=shape.held_out),
             steps=steps,
             batch=shape.batch,
+            clip=shape.clip,
             log_every=max(1, steps // 10),
             seed=seed,
         )
