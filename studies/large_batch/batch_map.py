@@ -1,6 +1,7 @@
 """Where, over batch sizes, does the published rule win? End losses by batch, rate and gamma, beside AdamW's.
 
-    python batch_map.py OUT.jsonl [--batches 16 64 256 1024 2048] [--steps 60] [--threads 1]
+    python studies/large_batch/batch_map.py OUT.jsonl [--batches 16 64 256 1024 2048]
+            [--steps 60] [--threads 1]
 
 GPT-2 of 2 layers and width 32 (0.17M parameters, four fifths of them the token table), 64 tokens of context,
 each batch with its own full cosine schedule. Rules: AdamW and the published rule (Sophia-G, refreshed each

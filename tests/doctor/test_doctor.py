@@ -15,11 +15,13 @@ from torch import nn
 
 import sophia
 from sophia import Sophia
-from sophia.doctor import as_text, check_installation, check_machine, check_training, example
 from sophia.doctor import installation as installation_module
 from sophia.doctor.command import main
-from sophia.doctor.findings import Finding
-from sophia.doctor.given_model import Subject
+from sophia.doctor.findings import Finding, as_text
+from sophia.doctor.given_model import Subject, example
+from sophia.doctor.installation import check_installation
+from sophia.doctor.machine import check_machine
+from sophia.doctor.trial_steps import check_training
 from sophia.step.kernels import foreach, fused_cpu
 
 SOURCE = Path(sophia.__file__).parents[1]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sophia import Sophia
-from sophia.doctor import check_training
 from sophia.doctor.given_model import _made
+from sophia.doctor.trial_steps import check_training
 
 DOCS = Path(__file__).parents[2] / "docs"
 

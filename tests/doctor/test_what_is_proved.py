@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sophia import Sophia
-from sophia.doctor import as_text, check_training
+from sophia.doctor.findings import as_text
 from sophia.doctor.given_model import subject_named
+from sophia.doctor.trial_steps import check_training
 
 
 def shown(name, **settings):

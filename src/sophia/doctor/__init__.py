@@ -10,20 +10,3 @@ trial_steps    twenty steps beside AdamW
 what_is_proved what a refresh has found in the model, proved and assumed
 command        the command line
 """
-
-from sophia.doctor.findings import Finding, as_text
-from sophia.doctor.given_model import Subject, example, subject_named
-from sophia.doctor.installation import check_installation
-from sophia.doctor.machine import check_machine
-from sophia.doctor.trial_steps import check_training
-
-__all__ = [
-    "Finding",
-    "Subject",
-    "as_text",
-    "check_installation",
-    "check_machine",
-    "check_training",
-    "example",
-    "subject_named",
-]

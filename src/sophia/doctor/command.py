@@ -9,10 +9,6 @@ from collections.abc import Sequence
 
 import sophia
 from sophia.doctor.findings import Finding, as_text
-from sophia.doctor.given_model import SubjectError, example, named, subject_named
-from sophia.doctor.installation import check_installation
-from sophia.doctor.machine import check_machine
-from sophia.doctor.trial_steps import check_training
 
 __all__ = ["main"]
 
@@ -45,6 +41,12 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     if asked.steps < 6:
         return _refused(f"--steps is {asked.steps}: whether a loss falls is seen after 6 at the least")
+    # Here, because torch takes seconds, which a call for help should not wait for.
+    from sophia.doctor.given_model import SubjectError, example, named, subject_named
+    from sophia.doctor.installation import check_installation
+    from sophia.doctor.machine import check_machine
+    from sophia.doctor.trial_steps import check_training
+
     try:
         subject = example if asked.model is None else subject_named(asked.model)
         optimizer = None if asked.optimizer is None else named(asked.optimizer)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sophia.lab.experiments import few_resources
+from sophia.lab.experiments.few_resources import experiment as few_resources
+from sophia.lab.experiments.few_resources import newcomer
 from sophia.lab.experiments.framework import runner
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
@@ -107,7 +108,7 @@ def test_the_stranger_is_the_class_of_the_page():
     page = ROOT / "docs/third-party.md"
     if not page.exists():
         pytest.skip("docs are not in the source distribution")
-    assert f"```python\n{few_resources.STRANGER}```" in page.read_text()
+    assert f"```python\n{newcomer.STRANGER}```" in page.read_text()
 
 
 def test_a_quick_run_makes_every_row_once_and_leaves_no_module_behind(tmp_path, monkeypatch):
@@ -117,7 +118,7 @@ def test_a_quick_run_makes_every_row_once_and_leaves_no_module_behind(tmp_path, 
     before = list(sys.path)
     records = runner.run(few_resources.EXPERIMENT, tmp_path, Progress(), quick=True)
     assert sys.path == before
-    assert few_resources.MODULE not in sys.modules
+    assert newcomer.MODULE not in sys.modules
     assert [row.case["contender"] for row in records.rows] == list(few_resources.SETTINGS) * 3
     assert all(row.result["connections"] == 0 and row.result["status"] == "finished" for row in records.rows)
     assert len(few_resources.differences(records)) == len(few_resources.PAIRS)

@@ -5,7 +5,8 @@ import socket
 import pytest
 import torch
 
-from sophia.lab.experiments import few_resources, one_line
+from sophia.lab.experiments import one_line
+from sophia.lab.experiments.framework.no_network import no_network
 
 
 def test_lines_are_counted():
@@ -44,7 +45,7 @@ def test_a_script_that_forgets_the_refresh_is_not_right():
 
 def test_the_network_is_refused_and_what_was_tried_is_known():
     """A run that fetches something while it says that it does not."""
-    with few_resources.no_network() as tried, pytest.raises(OSError, match="was asked for"):
+    with no_network() as tried, pytest.raises(OSError, match="was asked for"):
         socket.create_connection(("127.0.0.1", 9))
     assert tried == [("127.0.0.1", 9)]
     with pytest.raises(ConnectionRefusedError):

@@ -4,10 +4,11 @@ from itertools import product
 
 import pytest
 
-from sophia.lab.experiments import stability
 from sophia.lab.experiments.framework import runner
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
+from sophia.lab.experiments.stability import cells as cells_of_records
+from sophia.lab.experiments.stability import experiment as stability
 
 UNIGRAM = 3.0
 
@@ -80,7 +81,7 @@ CLIPS = {"adamw": 0.2, "lion": 0.15, "sophia-g": 0.01}
 def test_the_verdict_is_that_of_what_was_planted(tmp_path, stable, clipped, word):
     """A claim called shown, not seen or contradicted, against its own records."""
     records = plant(tmp_path, stable, clipped=clipped)
-    found = {c.contender: c for c in stability.cells(records)}
+    found = {c.contender: c for c in cells_of_records.cells(records)}
     for contender in stability.CONTENDERS:
         start = stability.LOWEST[contender]
         for rates, scaled in ((found[contender].without, False), (found[contender].with_, True)):
@@ -117,7 +118,7 @@ def test_who_learns_nothing_either_way_does_not_do_without_the_scaling(tmp_path)
 )
 def test_a_rate_is_kept_when_it_gains_at_least_half(gains, best, found):
     """Another rule than the page states."""
-    assert stability.largest_stable(gains, best) == found
+    assert cells_of_records.largest_stable(gains, best) == found
 
 
 def test_a_run_that_diverged_is_a_lost_rate(tmp_path):
@@ -136,9 +137,9 @@ def test_a_quick_run_makes_every_row_once(tmp_path):
     records = runner.run(stability.EXPERIMENT, tmp_path, Progress(), quick=True)
     trick, clipping = (records.where(part=part) for part in ("trick", "clipping"))
     assert len(trick) == 2 * 2 * 2 * len(stability.CONTENDERS)
-    assert len(clipping) == 2 * len(stability.CLAIMED)
+    assert len(clipping) == 2 * len(cells_of_records.CLAIMED)
     assert all(row.result["gradient_clipped"] == 0 for row in trick)  # that part does not clip
-    assert {cell.contender for cell in stability.cells(records)} == set(stability.CONTENDERS)
+    assert {cell.contender for cell in cells_of_records.cells(records)} == set(stability.CONTENDERS)
     assert runner.draw(stability.EXPERIMENT, records).exists()
     again = runner.run(stability.EXPERIMENT, tmp_path, Progress(), quick=True)
     assert len(again.rows) == len(records.rows)

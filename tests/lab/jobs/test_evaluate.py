@@ -9,7 +9,7 @@ from sophia.lab import cli
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
 from sophia.lab.experiments import few_shot
-from sophia.lab.experiments.few_resources import no_network
+from sophia.lab.experiments.framework.no_network import no_network
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.jobs import evaluate
 from sophia.lab.jobs.evaluate import Item

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from sophia.lab.config.run import Data, Evaluation, Run
 from sophia.lab.data import corpus, tokens, vocabulary
-from sophia.lab.experiments.few_resources import no_network
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.no_network import no_network
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.jobs import evaluate

@@ -19,21 +19,21 @@ and whether there is a difference is said by all the seeds.
 from __future__ import annotations
 
 import resource
-import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sophia.lab.config.run import Data, Evaluation, Model, Run, Schedule, Setting
 from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.experiments.few_resources.newcomer import newcomers_file
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.mean_interval import mean_interval
+from sophia.lab.experiments.framework.no_network import no_network
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Case, Records
 from sophia.lab.optimizers import table
@@ -43,7 +43,7 @@ from sophia.lab.training.run_folder import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXPERIMENT", "STRANGER", "Difference", "differences", "no_network"]
+__all__ = ["EXPERIMENT", "Difference", "differences"]
 
 SHAPE = Run(
     data=Data("", "", ""),
@@ -86,69 +86,10 @@ MINUTES = 5.0
 """Of one processor: the budget that the claim is held to, for each pair."""
 COLOURS = {"adamw": "#2b2b2b", "muon": "#009e73", "sophia-spectral": "#d55e00", "calm": "#0072b2"}
 
-STRANGER = '''\
-import torch
-
-
-class Calm(torch.optim.Optimizer):
-    """Momentum, divided by the root mean square of its own tensor."""
-
-    sophia_defaults = {"lr": 3e-3, "beta": 0.9, "weight_decay": 0.1}
-    sophia_space = {"lr": {"low": 3e-4, "high": 3e-2}, "beta": [0.8, 0.9, 0.95], "warmup": [0.05, 0.1, 0.2]}
-
-    def __init__(self, params, lr, beta, weight_decay):
-        super().__init__(params, {"lr": lr, "beta": beta, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                m = self.state[p].setdefault("m", torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group["beta"])
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(m / (m.square().mean().sqrt() + 1e-12), alpha=-group["lr"])
-        return loss
-'''
-"""The example of docs/third-party.md."""
-MODULE = "newcomers_optimizer"
-
-
-@contextmanager
-def no_network() -> Iterator[list[Any]]:
-    """Within the block nothing can connect; what was tried is in the list."""
-    tried: list[Any] = []
-
-    def refuse(self: socket.socket, address: Any) -> NoReturn:
-        tried.append(address)
-        raise OSError(f"no network in this experiment, but {address} was asked for")
-
-    before = socket.socket.connect
-    socket.socket.connect = refuse  # type: ignore[assignment, method-assign]
-    try:
-        yield tried
-    finally:
-        socket.socket.connect = before  # type: ignore[method-assign]
-
-
-@contextmanager
-def _newcomers_file() -> Iterator[str]:
-    """Within the block the stranger's class can be imported, as from a working folder; its path."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / f"{MODULE}.py").write_text(STRANGER)
-        sys.path.insert(0, folder)
-        try:
-            yield f"{MODULE}:Calm"
-        finally:
-            sys.path.remove(folder)
-            sys.modules.pop(MODULE, None)
-
 
 def run(quick: bool, records: Records, progress: Progress) -> None:
     """Every contender, seed by seed, so that the first seeds are whole pairs."""
-    with _newcomers_file() as path:
+    with newcomers_file() as path:
         for case in records.left(
             [{"contender": c, "seed": s} for s, c in product(SEEDS[:3] if quick else SEEDS, SETTINGS)],
             progress,
@@ -205,7 +146,8 @@ class Difference:
 
     def interval(self, seeds: int | None = None) -> tuple[float, float]:
         """The 90% interval of the mean, after the first so many seeds or all."""
-        return _interval(self.values[:seeds])
+        _, low, high = mean_interval(self.values[:seeds])
+        return low, high
 
     @property
     def told(self) -> bool:
@@ -229,17 +171,6 @@ class Difference:
     def minutes(self) -> float | None:
         """Of one processor until then."""
         return None if self.established is None else sum(self.seconds[: self.established]) / 60
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 90% interval of a mean (Student's t); without bounds for fewer than two."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return -inf, inf
-    error = float(stats.sem(values))
-    half = float(stats.t.ppf(0.95, len(values) - 1)) * error
-    return fmean(values) - half, fmean(values) + half
 
 
 def differences(records: Records) -> list[Difference]:
@@ -296,7 +227,7 @@ def verdict(records: Records) -> Verdict:
         sentence += f" A run of {', '.join(lost)} diverged, so nothing is said of it."
     same = _against_itself(records)
     if len(same) > 1:
-        low, high = _interval(same)
+        _, low, high = mean_interval(same)
         told = "told apart, which is chance" if low > 0 or high < 0 else "not told apart"
         sentence += (
             f" AdamW from itself on other seeds, {len(same)} pairs: {low:+.3f} to {high:+.3f}, {told}."

@@ -21,22 +21,23 @@ Part "clipping". From ordinary weights, with the gradient clipped at norm 1: in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from math import inf, log2
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sophia.lab.config.run import Model, Setting
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Case, Records
 from sophia.lab.experiments.framework.small_runs import Bench, Shape
+from sophia.lab.experiments.stability.cells import CLAIMED, Cell, cells, clipped
+from sophia.lab.experiments.stability.figure import draw
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-__all__ = ["EXPERIMENT", "Cell", "cells", "largest_stable"]
+__all__ = ["EXPERIMENT"]
 
 SHAPE = Shape(
     Model(
@@ -96,14 +97,6 @@ CONTENDERS: Mapping[str, tuple[str, Mapping[str, Setting]]] = {
 LOWEST = {"adamw": 1e-3, "lion": 5e-4, "sophia-g": 5e-4, "sophia-damped": 1.5e-3}
 ORDINARY_LR = {"adamw": 4e-3, "lion": 2e-3, "sophia-g": 2e-3}
 """The best of the learning rates of this experiment's first version, at which the clipping is counted."""
-CLAIMED = ("adamw", "lion", "sophia-g")
-"""Those of whom the claim speaks; the damped rule is shown beside them."""
-COLOURS = {
-    "adamw": "#2b2b2b",
-    "lion": "#0072b2",
-    "sophia-g": "#d55e00",
-    "sophia-damped": "#cc79a7",
-}
 
 
 def run(quick: bool, records: Records, progress: Progress) -> None:
@@ -130,109 +123,6 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
         records.add(case, **end, unigram=unigram)
 
 
-def _ladder(records: Records, **case: Any) -> dict[float, float]:
-    """Gain over single bytes by learning rate, nats a byte."""
-    return {
-        row.case["lr"]: -inf if row.result["loss"] is None else row.result["unigram"] - row.result["loss"]
-        for row in records.where(part="trick", **case)
-    }
-
-
-def largest_stable(gains: Mapping[float, float], best: float) -> float | None:
-    """The largest learning rate that gains at least half of ``best``; None if none does.
-
-    >>> largest_stable({0.001: 0.1, 0.002: 0.5, 0.004: 0.3, 0.008: 0.1}, best=0.5)
-    0.004
-    >>> largest_stable({0.001: 0.05, 0.002: 0.04}, best=0.5) is None
-    True
-    """
-    return max((lr for lr, gain in gains.items() if gain >= best / 2), default=None)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One contender; lists are over the seeds."""
-
-    contender: str
-    without: list[float | None]
-    """Largest stable learning rates; None where every rate was lost."""
-    with_: list[float | None]
-    """The same with the attention scaled by layer."""
-    lowest: float
-    """The smallest learning rate that was tried."""
-    highest: float
-    """The largest."""
-    best_without: list[float]
-    """What the best rate gains over single bytes, nats a byte."""
-    best_with: list[float]
-    """The same with the attention scaled by layer."""
-
-    @property
-    def doublings(self) -> list[float]:
-        """By how many factors of two the scaling raises the largest stable learning rate, at least, where
-        one is lost at every rate.
-        """
-        pairs = zip(self.with_, self.without, strict=True)
-        return [log2((w or self.lowest / 2) / (wo or self.lowest / 2)) for w, wo in pairs]
-
-    @property
-    def needs(self) -> bool:
-        """Whether the scaling doubles the rate at least, beyond what the seeds explain."""
-        mean, low, _ = _interval(self.doublings)
-        return mean >= 1 and low > 0
-
-    @property
-    def learns(self) -> float:
-        """Mean gain at the best rate of the better variant."""
-        return max(fmean(self.best_without), fmean(self.best_with))
-
-
-def cells(records: Records) -> list[Cell]:
-    """Every contender whose runs are complete."""
-    found = []
-    seeds = [s for s in records.values("seed") if records.where(part="trick", seed=s)]
-    for contender in records.values("contender"):
-        rates = sorted({r.case["lr"] for r in records.where(part="trick", contender=contender)})
-        stable: dict[bool, list[float | None]] = {False: [], True: []}
-        bests: dict[bool, list[float]] = {False: [], True: []}
-        for seed in seeds:
-            kind = {"contender": contender, "seed": seed}
-            ladders = {scaled: _ladder(records, **kind, scaled=scaled) for scaled in (False, True)}
-            if not rates or any(len(ladder) < len(rates) for ladder in ladders.values()):
-                break
-            best = max(max(ladder.values()) for ladder in ladders.values())
-            for scaled, ladder in ladders.items():
-                # Where nothing is learned with the scaling or without, no rate is kept.
-                stable[scaled].append(largest_stable(ladder, best) if best > 0 else None)
-                bests[scaled].append(max(ladder.values()))
-        else:
-            found.append(
-                Cell(contender, stable[False], stable[True], rates[0], rates[-1], bests[False], bests[True])
-            )
-    return found
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 90% interval (Student's t)."""
-    from scipy import stats
-
-    mean = fmean(values)
-    if len(values) < 2:
-        return mean, -inf, inf
-    error = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
-    half = float(stats.t.ppf(0.95, len(values) - 1)) * error
-    return mean, mean - half, mean + half
-
-
-def _clipped(records: Records) -> dict[str, float]:
-    """Share of steps whose gradient was clipped, by contender, from ordinary weights."""
-    return {
-        c: fmean(r.result["gradient_clipped"] for r in rows)
-        for c in CLAIMED
-        if (rows := records.where(part="clipping", contender=c))
-    }
-
-
 def _said(cell: Cell) -> str:
     """A cell in words."""
 
@@ -257,7 +147,7 @@ def verdict(records: Records) -> Verdict:
     judged = {name: cell for name, cell in at.items() if cell.learns >= top / 4 and cell.learns > 0}
     needs = [name for name, cell in judged.items() if cell.needs]
     without = [name for name, cell in judged.items() if not cell.needs]
-    clips = _clipped(records)
+    clips = clipped(records)
     rivals = [name for name in CLAIMED if name != "sophia-g"]
     rivals_need = [name for name in rivals if name in needs]
     sentence = (
@@ -283,45 +173,6 @@ def verdict(records: Records) -> Verdict:
         return Verdict("holds in part", sentence)
     # Where Sophia needs the scaling itself it is no more stable than they are.
     return Verdict("contradicted" if "sophia-g" in needs else "not seen at this scale", sentence)
-
-
-def draw(records: Records) -> Figure:
-    """Gain against learning rate with and without the scaling, a panel a contender; the clipped steps."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-
-    figure = Figure(figsize=(14, 3.4), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, len(COLOURS) + 1)
-    for axes, (name, colour) in zip(panels, COLOURS.items(), strict=False):
-        rates = sorted({r.case["lr"] for r in records.where(part="trick", contender=name)})
-        for scaled, style in ((False, "o-"), (True, "s--")):
-            ladders = [
-                _ladder(records, contender=name, scaled=scaled, seed=seed) for seed in records.values("seed")
-            ]
-            face = "white" if scaled else colour
-            for ladder in ladders:
-                if ends := [(lr, gain) for lr, gain in ladder.items() if gain > -inf]:
-                    axes.plot(*zip(*ends, strict=True), ".", color=colour, ms=4, alpha=0.6)
-            means = [
-                (lr, fmean(g)) for lr in rates if (g := [d[lr] for d in ladders if d.get(lr, -inf) > -inf])
-            ]
-            label = "scaled by layer" if scaled else "as it is"
-            if means:
-                axes.plot(*zip(*means, strict=True), style, color=colour, mfc=face, ms=6, label=label)
-        axes.axhline(0, color="#999999", ls=":", lw=1)
-        axes.set(xscale="log", ylim=(-0.25, None))
-        axes.xaxis.set_ticks(rates, [f"{1e3 * lr:g}" for lr in rates])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(f"{name}: gain, nats", loc="left", fontsize=10)
-        axes.set_xlabel("learning rate / 1e-3")
-        if means:
-            axes.legend(frameon=False, fontsize=8)
-    clips = _clipped(records)
-    last = figure.axes[-1]
-    last.bar(list(clips), list(clips.values()), color=[COLOURS[name] for name in clips])
-    last.axhline(0.1, color="#999999", ls=":", lw=1)
-    last.set_title("Steps clipped, plain weights", loc="left", fontsize=10)
-    return figure
 
 
 EXPERIMENT = Experiment(
