@@ -274,7 +274,8 @@ def draw(records: Records) -> Figure:
     values = [v for difference in found for v in difference.values]
     if values:  # two seeds that differ much have an interval that would hide all others
         intervals.set_ylim(min(0, *values) - 0.15, max(0, *values) + 0.15)
-        intervals.legend(frameon=False, fontsize=8)
+        # Between those that end below AdamW and the stranger, which need not be there.
+        intervals.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.6))
     longest = max((len(difference.values) for difference in found), default=2)
     intervals.set(xlabel="paired seeds", xticks=range(2, longest + 1))
     intervals.set_title("Difference at the end, 90% interval", loc="left", fontsize=10)
