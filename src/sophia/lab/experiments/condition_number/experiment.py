@@ -193,11 +193,24 @@ def _of_matrices(records: Records) -> str:
         return ""
     said = []
     for orientation in TURNED:
-        every = ", ".join(f"{m} {_words(_matrix(records, m, orientation))}" for m in matrix_rules.METHODS)
+        every = ", ".join(
+            f"{m} {_exponent(_matrix(records, m, orientation), records)}" for m in matrix_rules.METHODS
+        )
         kept = [m for m in matrix_rules.METHODS if _flat(_matrix(records, m, orientation), records)]
         said.append(f"{orientation}: {every}; the same within a factor of two: {', '.join(kept) or 'none'}")
     a, b = matrix_rules.SHAPE
-    return f" On a matrix of {a} x {b} with a Kronecker product of eigenvectors, {'. '.join(said)}."
+    return (
+        f" On a matrix of {a} x {b} with a Kronecker product of eigenvectors the exponents are, "
+        f"{'. '.join(said)}."
+    )
+
+
+def _exponent(points: list[tuple[float, float]], records: Records) -> str:
+    """The exponent, and up to which condition number the target was reached at all."""
+    if not points:
+        return "none (never there)"
+    last = "" if len(points) == len(records.values("kappa")) else f" (to {points[-1][0]:.0e})"
+    return f"{_growth(points):.2f}{last}"
 
 
 def _flat(points: list[tuple[float, float]], records: Records) -> bool:
