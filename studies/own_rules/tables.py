@@ -1,13 +1,14 @@
 """Tables of the pages, as Markdown, from the records of comparisons.
 
-    python studies/own_rules/tables.py [--baseline NAME] results/comparisons/half-million [...]
+    python studies/own_rules/tables.py [--baseline NAME] [--at STEPS] results/comparisons/half-million [...]
     python studies/own_rules/tables.py --write docs/research.md [...]
 
 For every contender: mean end loss and standard deviation over seeds at each budget, the difference at the
 largest with its 90% interval, and the speed-up over the baseline at equal loss in steps and in processor
 seconds, as ``sophia compare`` computes them (docs/report.md). Processor seconds, not those of the clock: the
 runs were made beside other work. What lies beyond the baseline's budgets is given as a bound. With
-``--baseline`` another contender is the mark.
+``--baseline`` another contender is the mark; with ``--at`` differences and speed-ups are those at fewer steps
+than the largest budget, read off the baseline's whole curve.
 
 A page says above a table which command made it, in a comment such as
 ``<!-- tables.py results/comparisons/quick -->``. ``--write`` makes all such tables of a page again; a test
@@ -23,27 +24,50 @@ from pathlib import Path
 
 from sophia.lab.analysis.cost_ratio import cost_ratio, in_cost
 from sophia.lab.analysis.read_records import read_evidence
+from sophia.lab.analysis.seed_noise import Estimate, contrast
+from sophia.lab.analysis.speedup import Ratio, speedup
 from sophia.lab.analysis.verdict import Summary, Verdict, judge
 from sophia.lab.analysis.verdict_words import difference_words, ratio_words
 
 
-def processor(summary: Summary, verdict: Verdict) -> str:
-    """The speed-up in processor seconds."""
+def processor(summary: Summary, contender: str, ratio: Ratio | None) -> str:
+    """The speed-up in processor seconds, from the one in steps."""
     runs = {(r.contender, r.steps, r.seed): r for r in summary.evidence.runs if r.status == "finished"}
     pairs = []
     for (name, steps, seed), run in runs.items():
         partner = runs.get((summary.evidence.baseline, steps, seed))
-        if name == verdict.contender and partner is not None:
+        if name == contender and partner is not None:
             own, other = run.number("cpu_seconds"), partner.number("cpu_seconds")
             if own and other:
                 pairs.append((other, own))
     cost = cost_ratio(pairs)
-    if cost is None or not verdict.speedups:
+    if cost is None or ratio is None:
         return ""
-    return f"{ratio_words(in_cost(verdict.speedups[0].ratio, cost))}; a step costs {1 / cost.value:.2f}"
+    return f"{ratio_words(in_cost(ratio, cost))}; a step costs {1 / cost.value:.2f}"
 
 
-def lines(folder: Path, baseline: str | None) -> Iterator[str]:
+def earlier(summary: Summary, contender: str, at: int) -> tuple[Estimate | None, str, Ratio | None]:
+    """Difference, word and speed-up at fewer steps than the largest budget."""
+    baseline = summary.evidence.baseline
+    ends = {
+        (r.contender, r.steps, r.seed): r.number("loss")
+        for r in summary.evidence.runs
+        if r.status == "finished" and (r.contender == baseline or r.steps <= at)
+    }
+    difference = contrast(ends, {(contender, at): 1.0, (baseline, at): -1.0}, summary.noise)
+    ratio = (
+        None if summary.curve is None else speedup(ends, contender, baseline, summary.curve, summary.noise)
+    )
+    sign = 0 if difference is None else difference.sign
+    return difference, {1: "slower", -1: "faster"}.get(sign, "not distinguishable"), ratio
+
+
+def whole(verdict: Verdict) -> tuple[Estimate | None, str, Ratio | None]:
+    """The same at the largest budget, as the report has it."""
+    return verdict.difference, verdict.word, verdict.speedups[0].ratio if verdict.speedups else None
+
+
+def lines(folder: Path, baseline: str | None, at: int | None = None) -> Iterator[str]:
     """Head, rule and a row for each contender, the baseline first."""
     evidence = read_evidence(folder)
     if baseline is not None:
@@ -53,7 +77,11 @@ def lines(folder: Path, baseline: str | None) -> Iterator[str]:
     budgets = sorted({row.steps for row in summary.rows})
     verdicts = {verdict.contender: verdict for verdict in summary.verdicts}
     titles = [f"{budget} steps" for budget in budgets]
-    titles += ["difference at the end, 90% interval", "speed-up in steps", "in processor seconds"]
+    titles += [
+        f"difference at {'the end' if at is None else f'{at} steps'}, 90% interval",
+        "speed-up in steps",
+        "in processor seconds",
+    ]
     yield f"| contender | {' | '.join(titles)} |"
     yield "|---" * (len(titles) + 1) + "|"
     for name in summary.evidence.contenders:
@@ -67,11 +95,12 @@ def lines(folder: Path, baseline: str | None) -> Iterator[str]:
         if verdict is None:
             cells += ["", "", ""]
         else:
-            words = "" if verdict.difference is None else difference_words(verdict.difference)
+            difference, word, ratio = whole(verdict) if at is None else earlier(summary, name, at)
+            words = "" if difference is None else difference_words(difference)
             words = words.replace("difference ", "").replace(", 90% interval", ",")
-            cells.append(f"{words}: {verdict.word}")
-            cells.append(ratio_words(verdict.speedups[0].ratio) if verdict.speedups else "")
-            cells.append(processor(summary, verdict))
+            cells.append(f"{words}: {word}")
+            cells.append("" if ratio is None else ratio_words(ratio))
+            cells.append(processor(summary, name, ratio))
         yield f"| {name} | {' | '.join(cells)} |"
     for problem in (summary.curve_problem, *summary.missing):
         if problem:
@@ -85,9 +114,9 @@ def lines(folder: Path, baseline: str | None) -> Iterator[str]:
 MARKED = re.compile(r"(?m)^<!-- tables\.py (?P<command>.*) -->\n(?P<table>(?:\|.*\n)*)")
 
 
-def table(folder: Path, baseline: str | None) -> str:
+def table(folder: Path, baseline: str | None, at: int | None) -> str:
     """The rows alone, a line each."""
-    return "".join(line + "\n" for line in lines(folder, baseline) if line.startswith("|"))
+    return "".join(line + "\n" for line in lines(folder, baseline, at) if line.startswith("|"))
 
 
 def made_again(page: str, root: Path) -> str:
@@ -96,7 +125,7 @@ def made_again(page: str, root: Path) -> str:
     def again(found: re.Match[str]) -> str:
         options = arguments().parse_args(shlex.split(found["command"]))
         (folder,) = options.folders
-        return f"<!-- tables.py {found['command']} -->\n{table(root / folder, options.baseline)}"
+        return f"<!-- tables.py {found['command']} -->\n{table(root / folder, options.baseline, options.at)}"
 
     return MARKED.sub(again, page)
 
@@ -108,6 +137,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--baseline")
+    parser.add_argument("--at", type=int)
     parser.add_argument("--write", action="store_true")
     return parser
 
@@ -119,4 +149,4 @@ if __name__ == "__main__":
             path.write_text(made_again(path.read_text(encoding="utf-8"), Path()), encoding="utf-8")
         else:
             print(f"\n{path}\n")
-            print("\n".join(lines(path, given.baseline)))
+            print("\n".join(lines(path, given.baseline, given.at)))
