@@ -1,6 +1,7 @@
 """What each part of the spectral and the damped rule is worth: one at a time taken out, over paired seeds.
 
     python studies/own_rules/ablate_own_rules.py PROTOCOL.toml OUT.jsonl [STEPS]
+    python studies/own_rules/ablate_own_rules.py --table OUT.jsonl
 
 The settings are those of the protocol for both rules. Appends a line for each run to OUT.jsonl as it ends; a
 run that is in the file is not made again. One thread.
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
+from sophia.lab.experiments.framework.mean_interval import mean_interval
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.lab.training import loop
@@ -101,6 +104,24 @@ PARTS: dict[str, tuple[str, dict[str, Any], Rule | None]] = {
 }
 
 
+def table(records: Path) -> str:
+    """Of every part the end loss, and the difference from the rule whose part it is, over paired seeds."""
+    ends: dict[str, dict[int, float]] = {}
+    for row in whole_lines(records):
+        ends.setdefault(row["part"], {})[row["seed"]] = row["loss"]
+    lines = ["| | end loss | difference over paired seeds, 90% interval | seeds |", "|---|---|---|---|"]
+    for part, mine in ends.items():
+        base = ends["damped" if part.startswith("damped") else "spectral"]
+        mean, *_ = mean_interval(list(mine.values()))
+        spread = f" ± {stdev(mine.values()):.3f}" if len(mine) > 1 else ""
+        words = ""
+        if mine is not base:
+            gap, low, high = mean_interval([mine[seed] - base[seed] for seed in sorted(mine)])
+            words = f"{gap:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if len(mine) > 1 else "")
+        lines.append(f"| {part} | {mean:.3f}{spread} | {words} | {len(mine)} |")
+    return "".join(line + "\n" for line in lines)
+
+
 def main(protocol_file: Path, out: Path, steps: int) -> None:
     """Run what is missing, part by part within a seed."""
     protocol = protocol_files.load(protocol_file)
@@ -138,8 +159,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("protocol", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of these records, and run nothing")
+    parser.add_argument("protocol", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("steps", type=int, nargs="?", default=200)
     options = parser.parse_args()
-    main(options.protocol, options.out, options.steps)
+    if options.table is not None:
+        print(table(options.table), end="")
+    elif options.out is None:
+        parser.error("give a protocol and a file for the records, or --table and the file")
+    else:
+        main(options.protocol, options.out, options.steps)

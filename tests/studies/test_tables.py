@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import ablate_own_rules
 import pytest
 import tables
 
@@ -31,6 +32,14 @@ def test_a_wrong_figure_is_found() -> None:
     wrong = re.sub(r"(?m)^\| muon \| \d", "| muon | 9", text, count=1)
     assert wrong != text
     assert tables.made_again(wrong, ROOT) == text
+
+
+def test_the_table_of_parts_is_what_its_record_says() -> None:
+    """The same for what each part of a rule is worth."""
+    mark = "<!-- ablate_own_rules.py --table results/studies/own-rules/ablation.jsonl -->\n"
+    _, _, after = (ROOT / "docs" / "research.md").read_text(encoding="utf-8").partition(mark)
+    expected = ablate_own_rules.table(ROOT / "results" / "studies" / "own-rules" / "ablation.jsonl")
+    assert after.startswith(expected)
 
 
 def test_the_first_page_says_what_its_record_says() -> None:
