@@ -22,7 +22,6 @@ from sophia.lab.experiments.sharpness.matched_loss import (
     BASE,
     LEVELS,
     QUANTITIES,
-    at_equal_steps,
     compared,
     expanded,
 )
@@ -112,16 +111,12 @@ def verdict(records: Records) -> Verdict:
     }
     sharpness = found["d'Hd / |d|^2"]
     hidden, best = found["the same of hidden matrices"], found["gain of the best length"]
-    gains, squares = found["-g'd"], found["|d|^2"]
-    by_steps = {name: at_equal_steps(records, name, "d'Hd / |d|^2") for name in sharpness}
     within = ", ".join(f"{_within(records, name):.0%} ({name})" for name in (BASE, *others))
     sentence = (
-        f"d'Hd / |d|^2 over {BASE}'s, means over {LEVELS} held-out losses that both pass, a number a seed: "
-        f"{_listed(sharpness)} (at equal steps {_listed(by_steps)}). Of hidden matrices by "
-        f"themselves: {_listed(hidden)}. First-order gains: {_listed(gains)}; squared lengths: "
-        f"{_listed(squares)}. What the best length of a step in the direction taken would gain, by "
-        f"Gauss-Newton: {_listed(best)}. Within tensors lies {within} of d'Hd over all points. To "
-        f"second order the expansion misses the true change of the loss by "
+        f"d'Hd / |d|^2 over {BASE}'s, medians over {LEVELS} held-out losses that both pass, a number a seed: "
+        f"{_listed(sharpness)}. Of hidden matrices by themselves: {_listed(hidden)}. What the best length of "
+        f"a step in the direction taken would gain, likewise: {_listed(best)}. Within tensors lies {within} "
+        f"of d'Hd over all points. To second order the expansion misses the true change of the loss by "
         f"{_missed(records):.0%} of the first-order gain (median over the steps looked at)."
     )
     if unmatched := [name for name in others if name not in sharpness]:

@@ -6,7 +6,7 @@ At the same number of steps the faster one is at a lower loss, where the curvatu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ __all__ = [
     "QUANTITIES",
     "Curve",
     "Quantity",
-    "at_equal_steps",
     "compared",
     "curve",
     "expanded",
@@ -89,21 +88,14 @@ def matched(one: Curve, other: Curve, levels: int = LEVELS) -> list[tuple[float,
     return list(zip(at.tolist(), *sides, strict=True))
 
 
-def at_equal_steps(records: Records, contender: str, quantity: str) -> list[tuple[float, float]]:
-    """The same as ``compared``, where the steps are the same and the losses are not."""
-    found = []
-    for seed in sorted(records.values("seed")):
-        ours, base = (dict(curve(records, name, seed, quantity, over="step")) for name in (contender, BASE))
-        if both := ours.keys() & base.keys():
-            found.append((fmean(ours[step] for step in both), fmean(base[step] for step in both)))
-    return found
-
-
 def compared(records: Records, contender: str, quantity: str) -> list[tuple[float, float]]:
-    """For each seed that both have, the means of the quantity over matched losses: this one's, ``BASE``'s."""
+    """For each seed that both have, the medians of the quantity over matched losses: this one's, ``BASE``'s.
+    Not means: a single step into a fold of the loss may have a hundred times the others' curvature, of
+    either sign.
+    """
     found = []
     for seed in sorted(records.values("seed")):
         pairs = matched(curve(records, contender, seed, quantity), curve(records, BASE, seed, quantity))
         if pairs:
-            found.append((fmean(y for _, y, _ in pairs), fmean(z for _, _, z in pairs)))
+            found.append((median(y for _, y, _ in pairs), median(z for _, _, z in pairs)))
     return found
