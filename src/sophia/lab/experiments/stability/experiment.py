@@ -154,8 +154,8 @@ def verdict(records: Records) -> Verdict:
         f"Largest stable learning rate of {SHAPE.model.layers} layers that begin with queries and keys "
         f"{SHAPE.model.initial_query_key_scale:g} times too large, mean over "
         f"{len(next(iter(at.values())).without)} seeds: {'; '.join(_said(cell) for cell in at.values())}. "
-        f"The scaling doubles it or more, beyond what the seeds explain, for {', '.join(needs) or 'none'}; "
-        f"not for {', '.join(without) or 'none'}."
+        f"The scaling doubles it or more, beyond what the seeds explain, for {', '.join(needs) or 'none'}"
+        f"{'; not for ' + ', '.join(without) if without else ''}."
     )
     if unjudged := [name for name in at if name not in judged]:
         sentence += f" {', '.join(unjudged)} learned too little either way to say."
