@@ -156,7 +156,7 @@ CONTENDERS = (
         build=build_own_rule,
         defaults={"lr": 8e-3, **_OWN, "rule": "spectral"},
         space={"lr": LogRange(2e-3, 5e-2), **_OWN_SPACE},
-        state_per_parameter=5,  # 4 of hidden matrices, 8 of the rest
+        state_per_parameter=4,  # of hidden matrices, as Muon's; the rest have 8
         gradients=sampled_cost,
         parts=("gnb", "spectral"),
         line='Sophia(model, rule="spectral")',
