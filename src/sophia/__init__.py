@@ -28,18 +28,20 @@ __all__ = ["Sophia", "SophiaWarning", "__version__", "advice", "curvature", "lik
 _HOMES = {"Sophia": "optimizer", "SophiaWarning": "checks", "advice": "diagnostics"}
 
 
-def __getattr__(name: str) -> Any:
-    """A name at its first use: torch takes seconds, which `sophia --help` need not wait for."""
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"sophia.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    try:
-        return importlib.import_module(f"sophia.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"sophia.{name}":
-            raise  # of what that module needs
-        raise AttributeError(f"module 'sophia' has no attribute {name!r}") from None
+if not TYPE_CHECKING:  # a checker knows the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        """A name at its first use: torch takes seconds, which `sophia --help` need not wait for."""
+        if name in _HOMES:
+            value = getattr(importlib.import_module(f"sophia.{_HOMES[name]}"), name)
+            globals()[name] = value
+            return value
+        try:
+            return importlib.import_module(f"sophia.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"sophia.{name}":
+                raise  # of what that module needs
+            raise AttributeError(f"module 'sophia' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

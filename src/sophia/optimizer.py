@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Never, cast
 
@@ -35,7 +35,13 @@ from sophia.refresh.seeds import seed_for
 from sophia.step.adamw_arguments import adamws_betas_and_eps, taken_by_position
 from sophia.step.dispatch import Work, current_gamma, work_of
 from sophia.step.groups import COUNTERS, check_group, decayed_and_not, translated_from_adamw
-from sophia.step.hidden_matrices import groups_by_kind, model_that_tells_kinds, move_by_kind
+from sophia.step.hidden_matrices import (
+    groups_by_kind,
+    model_that_tells_kinds,
+    move_by_kind,
+    rule_of,
+    rules_of,
+)
 from sophia.step.kernels.average_curvature import average
 from sophia.step.named_groups import groups_by_name
 from sophia.step.rounding import key_of_parameter, moved
@@ -129,6 +135,10 @@ class Sophia(torch.optim.Optimizer):
     (1.0, 1.0)
     """
 
+    _constructing = False
+    _is_copy = False
+    """A copy, or unpickled: its model is named by ``attach`` and not looked for."""
+
     def __init__(
         self,
         model_or_params: nn.Module | Iterable[Any],
@@ -166,15 +176,9 @@ class Sophia(torch.optim.Optimizer):
         check_option("rule", rule, tuple(RULES))
         by = RULES[rule]
         named = {"betas": betas, "eps": eps, "gamma": gamma, "damping": damping, "update_every": update_every}
-        if gamma is not None and not by.knows_curvature:
-            raise ValueError(
-                f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
-                "would have no effect. Leave it out, or use rule='damped'"
-            )
         # Of a group with a rule of its own they are that rule's; see ``add_param_group``.
         self._ungiven = tuple(name for name, value in named.items() if value is None)
         betas = by.betas if betas is None else betas
-        gamma = by.gamma if gamma is None else gamma
         damping = by.damping if damping is None else damping
         eps = by.eps if eps is None else eps
         update_every = by.update_every if update_every is None else update_every
@@ -195,7 +199,13 @@ class Sophia(torch.optim.Optimizer):
         if model is None and mode == "replay":
             params, tensors = tensors_given(params)
             owners = owners_of(tensors) if tensors else []  # torch has words for no parameters
-        params = list(params) if isinstance(params, Iterator) else params
+        if isinstance(params, Iterable) and not isinstance(params, (Tensor, Mapping, str)):
+            params = list(params)
+        if gamma is not None and not any(rule.knows_curvature for rule in rules_of(params, by)):
+            raise ValueError(
+                f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
+                "would have no effect. Leave it out, or use rule='damped'"
+            )
         if move_by_kind(params, by):
             if model is None and mode == "manual":
                 raise ValueError(
@@ -204,6 +214,7 @@ class Sophia(torch.optim.Optimizer):
                 )
             telling = model if model is not None else model_that_tells_kinds(owners, tensors)
             params = params if telling is None else groups_by_kind(params, telling, by)
+        gamma = by.gamma if gamma is None else gamma
         self.mode, self.fraction, self.batch_dim = mode, fraction, batch_dim
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.likelihood = likelihood_named(likelihood)
@@ -237,7 +248,9 @@ class Sophia(torch.optim.Optimizer):
             **COUNTERS,
         }
         check_group(defaults, rounds=self._rounds)
+        self._constructing = True
         super().__init__(params, defaults)
+        self._constructing = False
         if model is not None:
             self.attach(model)
         elif owners and any(map(_has_curvature, self.param_groups)):
@@ -402,7 +415,7 @@ class Sophia(torch.optim.Optimizer):
     def _listen(self) -> None:
         if self._recorder is not None:
             self._recorder.active = any(
-                _has_curvature(g) and is_due(g["step"], g["update_every"]) for g in self.param_groups
+                _trained_by_h(g) and is_due(g["step"], g["update_every"]) for g in self.param_groups
             )
             first = self.param_groups[0]
             sampled = first["weights_equal"] and self._refreshed()["refreshes"] % ALL_AGAIN
@@ -466,7 +479,7 @@ class Sophia(torch.optim.Optimizer):
             if self.mode == "replay":
                 self._refresh_if_due()
         if self._trained():
-            for group in filter(_has_curvature, self.param_groups):  # all first: a warning may be an error
+            for group in filter(_trained_by_h, self.param_groups):  # all first: a warning may be an error
                 self._warn_if_stale(group)
         if self._joins:
             self._join_shards(first=True)
@@ -527,13 +540,20 @@ class Sophia(torch.optim.Optimizer):
             for g in self.param_groups
             if _has_curvature(g) and is_due(g["step"], g["update_every"]) and g["refreshed"] != g["step"]
         ]
-        if due and self._something_trains():
+        # With what has curvature frozen, and the rest not, there is nothing to renew.
+        if due and self._something_trains() and self._with_curvature():
             if self._search is not None and self._recorder is not None:
                 trained, ranks = self._search.trained(self._recorder)
                 if trained is not self._recorder:
                     self._search.exchange(self._recorder, trained.model, ranks)
                     self._take_model(trained.model, ranks, trained)
             recorder = self._recorder or self._stand_in()
+            if recorder is None and self._model is not None:
+                raise RuntimeError(
+                    f"a Hessian refresh is due at step {due[0]['step']}, but no parameter had curvature when "
+                    "the model was attached, so that its forwards were not recorded: call opt.attach(model) "
+                    "when a group gets such a rule"
+                )
             if recorder is None:
                 gone = (
                     "no model is attached (a copy or an unpickled optimizer has none): call opt.attach(model)"
@@ -596,10 +616,12 @@ class Sophia(torch.optim.Optimizer):
         gradients in ``.grad``, buffers and random generators are as before afterwards. h changes when the
         block ends, and not at all if it raises.
         """
-        if not any(map(_has_curvature, self.param_groups)):
+        if not any(map(_has_curvature, self.param_groups)) or (
+            self._trained() and not self._with_curvature()
+        ):
             raise RuntimeError(
-                f"hessian_pass: rule={self.defaults['rule']!r} has no curvature, so there is nothing to "
-                "refresh. Leave the pass out, or take another rule"
+                f"hessian_pass: with rule={self.defaults['rule']!r} nothing that trains here has curvature, "
+                "so there is nothing to refresh. Leave the pass out, or take another rule"
             )
         first = self.param_groups[0]
         with self._refresher.by_hand(
@@ -786,7 +808,7 @@ class Sophia(torch.optim.Optimizer):
 
     def _with_curvature(self) -> list[Tensor]:
         """What trains by a rule that divides by h."""
-        return [p for group in self.param_groups for p in _divided_by_h(group) if p.requires_grad]
+        return [p for group in self.param_groups for p in _trained_by_h(group)]
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
@@ -802,33 +824,72 @@ class Sophia(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the group's settings are checked before anything is added, and it joins at the current
-        step. If it has a rule of its own, what neither it nor the optimizer was given is that rule's.
+        step. If it has a rule of its own, what neither it nor the optimizer was given is that rule's; under a
+        rule that tells kinds of tensors apart it becomes a group for each, unless it names its ``scale``.
         """
-        named = {"rule": self.defaults["rule"], **param_group}
-        if (by := RULES.get(named["rule"])) is not None:  # else it is refused below
-            param_group = {**{name: getattr(by, name) for name in self._ungiven}, **param_group}
-        check_group({**self.defaults, **param_group}, rounds=self._rounds)
-        self._say_if_adamws(named)
-        if self.param_groups:
-            param_group = {
-                "step": self.param_groups[0]["step"],
-                "joined": self.param_groups[0]["step"],
-                "seed": self.param_groups[0]["seed"],
-                **param_group,
-            }
-        super().add_param_group(param_group)
+        groups = [param_group] if self._constructing else self._by_kind(param_group)
+        for group in groups:
+            self._check_group(group)
+        before = len(self.param_groups)
         try:
-            for parameter in self.param_groups[-1]["params"]:
-                if parameter.is_complex():
-                    raise ValueError(
-                        "Sophia does not support complex parameters: curvature is defined coordinate by "
-                        "coordinate. Use torch.view_as_real"
-                    )
-            if self._search is not None and self._recorder is None:
-                self._begin_search(owners_of(self._parameters()))
+            for group in groups:
+                self._add_group(group)
+            if not self._constructing:
+                self._look_for_the_model(self.param_groups[before:])
         except ValueError:
-            del self.param_groups[-1]
+            del self.param_groups[before:]
             raise
+
+    def _by_kind(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        by = RULES[self.defaults["rule"]]
+        if not move_by_kind([group], by):
+            return [group]
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        tensors = [m[1] if isinstance(m, tuple) else m for m in members]
+        telling = self._model
+        if telling is None and self.mode == "replay":
+            every = self._parameters() + tensors
+            telling = model_that_tells_kinds(owners_of(every), every)
+        if telling is None:
+            raise ValueError(
+                f"add_param_group: rule={group.get('rule', by.name)!r} tells hidden matrices from embeddings "
+                "and the head by the model, and none is known here. Call opt.attach(model) first, or give "
+                "the group a 'scale', of its steps in units of lr"
+            )
+        return groups_by_kind([{**group, "params": members}], telling, by)
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        by = rule_of(group, RULES[self.defaults["rule"]])
+        own = {name: getattr(by, name) for name in self._ungiven}
+        check_group({**self.defaults, **own, **group}, rounds=self._rounds)
+        self._say_if_adamws({"rule": by.name, **group})
+
+    def _add_group(self, group: dict[str, Any]) -> None:
+        by = rule_of(group, RULES[self.defaults["rule"]])
+        group = {**{name: getattr(by, name) for name in self._ungiven}, **group}
+        if self.param_groups:
+            first = self.param_groups[0]
+            group = {"step": first["step"], "joined": first["step"], "seed": first["seed"], **group}
+        super().add_param_group(group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.is_complex():
+                raise ValueError(
+                    "Sophia does not support complex parameters: curvature is defined coordinate by "
+                    "coordinate. Use torch.view_as_real"
+                )
+
+    def _look_for_the_model(self, added: Sequence[Mapping[str, Any]]) -> None:
+        """Of more parameters the owners are others; and the first with curvature wants its forwards
+        recorded.
+        """
+        if self._recorder is not None or self.mode != "replay":
+            return
+        if self._search is None and not any(map(_has_curvature, added)):
+            return
+        if self._model is not None:
+            self.attach(self._model)
+        elif self._search is not None or not self._is_copy:
+            self._begin_search(owners_of(self._parameters()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict()`` of Sophia; m and h keep their precision whatever the parameters' is.
@@ -894,6 +955,7 @@ class Sophia(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_ungiven", ())  # pickled by an older Sophia
         if "mode" in state:
+            self._is_copy = True
             self._ready()
             self.__dict__.update(kept)
         for group in self.param_groups:
@@ -915,6 +977,10 @@ def _has_curvature(group: Mapping[str, Any]) -> bool:
 
 def _divided_by_h(group: Mapping[str, Any]) -> list[Tensor]:
     return RULES[group["rule"]].divided_by_h(group["params"])
+
+
+def _trained_by_h(group: Mapping[str, Any]) -> list[Tensor]:
+    return [p for p in _divided_by_h(group) if p.requires_grad]
 
 
 def _number(value: float | Tensor) -> float:

@@ -91,6 +91,7 @@ __all__ = [
     "sophia_step",
     "spectral_direction",
     "started",
+    "unit_largest",
     "usual_size",
     "whitened_direction",
 ]
@@ -215,14 +216,11 @@ def spectral_direction(
     """Return the step of a hidden matrix, of rms 1: orthogonalised momentum, whitened by its own squares.
 
     The steepest descent of u among steps D with ``|| R^p D C^p || <= 1`` in the spectral norm, R and C the
-    mean squares of u over columns and rows: rows and columns that are large in all of u get less of the step.
-    Where they are all alike it is the step of Muon.
-
-    Args:
-        u: the momentum, (a, b).
-        power: p, of the mean squares relative to their mean.
-        polar_of: a faster way to the same as ``polar``.
+    mean squares of u, the momentum (a, b), over columns and rows, relative to their mean, p the ``power``:
+    rows and columns that are large in all of u get less of the step. Where they are all alike it is the step
+    of Muon. ``polar_of`` is a faster way to the same as ``polar``.
     """
+    u = unit_largest(u)
     rows, columns = (_relative(u.square().mean(side, keepdim=True), 0.0) ** -power for side in (1, 0))
     return _of_rms_one(rows * (polar_of or polar)(rows * u * columns) * columns)
 
@@ -250,6 +248,7 @@ def whitened_direction(
         damping: added to it, in units of its mean.
         polar_of: a faster way to the same as ``polar``.
     """
+    u = unit_largest(u)
     x = short_side_first(u)
     mean = x.square().mean(0, keepdim=True)
     columns = _relative(mean, damping) ** -power
@@ -286,11 +285,7 @@ def along(moment: Tensor, basis: Tensor) -> Tensor:
 def inverse_power(values: Tensor, basis: Tensor, *, power: float, damping: float) -> Tensor:
     """Return ``Q (diag(values) / their mean + damping)^-power Q'``, (n, n).
 
-    Args:
-        values: second moments along the columns of Q, (n,).
-        basis: Q, (n, n), orthogonal.
-        power: of the values, relative to their mean.
-        damping: added to them.
+    ``values`` (n,) are second moments along the columns of Q, ``basis`` (n, n); taken relative to their mean.
 
     >>> import torch
     >>> inverse_power(torch.tensor([4.0, 1.0, 1.0]), torch.eye(3), power=0.5, damping=0.0)
@@ -315,6 +310,13 @@ def short_side_first(x: Tensor) -> Tensor:
     return x.T if x.size(0) > x.size(1) else x
 
 
+def unit_largest(x: Tensor) -> Tensor:
+    """Return x over its largest entry: squares of what is left of an old momentum would be zero in float32,
+    and those of a large one infinite.
+    """
+    return x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny) if x.numel() else x
+
+
 def _relative(values: Tensor, damping: float) -> Tensor:
     """``values / their mean + damping``; without any damping a millionth of the average at least."""
     relative = values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
@@ -335,6 +337,7 @@ def polar(x: Tensor, *, iterations: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     turned = x.size(0) > x.size(1)
     x = x.T if turned else x
+    x = unit_largest(x)
     x = x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)
     for _ in range(iterations):
         gram = x @ x.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sophia.step.hidden_matrices import hidden_matrices
 from sophia.step.kernels import damped_blocks
 from sophia.step.rules import DAMPED, StepSettings
 from sophia.update_rule import corrected_gamma, damped_direction, polar, spectral_direction
+from tiny import GPT, data
 
 
 def svd_direction(u):
@@ -121,6 +123,79 @@ def test_the_spectral_rule_keeps_no_more_than_the_momentum_of_hidden_matrices():
     stats = optimizer.stats()
     hidden = sum(p.numel() for p in (model.up.weight, model.down.weight))
     assert stats["has_curvature"] == pytest.approx(1 - hidden / sum(p.numel() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("rule", ["spectral", "whitened"])
+def test_a_matrix_that_gets_no_gradient_any_more_stays_finite(rule):
+    """An expert that is not asked: what is left of its momentum has squares that are zero in float32, and a
+    polar factor that is not one.
+    """
+    model = Block()
+    optimizer = Sophia(model, lr=0.001, rule=rule, mode="manual", update_every=2**30)
+    for number in range(900):
+        gradients = noise_like(list(model.parameters()), number, scale=float(number < 3))
+        give(list(model.parameters()), gradients)
+        optimizer.step()
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1.0, 1e25])
+@pytest.mark.parametrize("shape", [(6, 6), (4, 20)])
+def test_directions_do_not_depend_on_the_size_of_the_momentum(size, shape):
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(spectral_direction(size * u, power=1 / 4), spectral_direction(u, power=1 / 4))
+    torch.testing.assert_close(polar(size * u), polar(u))
+
+
+def test_with_what_has_curvature_frozen_nothing_is_refreshed():
+    """LoRA on a frozen base: a refresh of nothing, or buffers for all that is frozen."""
+    for mode in ("replay", "manual"):
+        model = GPT()
+        for name, p in model.named_parameters():
+            p.requires_grad = name.endswith("qkv.weight")
+        optimizer = Sophia(model, lr=0.01, rule="spectral", mode=mode)
+        x, y = data()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(12):
+                optimizer.zero_grad()
+                model(x, y)[1].backward()
+                optimizer.step()
+        assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
+        with pytest.raises(RuntimeError, match="nothing that trains here has curvature"):
+            optimizer.hessian_pass().__enter__()
+        assert optimizer.stats()["refreshes"] == 0
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model given", "model found"])
+def test_curvature_may_join_late(given):
+    """The embeddings unfrozen and added after the hidden matrices: a refresh without a recorded forward."""
+    model = GPT()
+    hidden = [p for n, p in model.named_parameters() if n.endswith("qkv.weight")]
+    optimizer = Sophia(hidden, lr=0.01, rule="spectral", model=model if given else None)
+    x, y = data()
+    for number in range(14):
+        if number == 3:
+            optimizer.add_param_group(
+                {"params": [p for p in model.parameters() if id(p) not in map(id, hidden)]}
+            )
+        optimizer.zero_grad()
+        model(x, y)[1].backward()
+        optimizer.step()
+    assert optimizer.stats()["refreshes"] > 0
+    scales = {(group["rule"], group["scale"]) for group in optimizer.param_groups}
+    assert scales >= {("spectral", 0.2), ("damped", 1.0)}
+
+
+def test_a_rule_with_curvature_that_is_set_late_says_what_to_call():
+    model = GPT()
+    optimizer = Sophia(model, lr=0.01, rule="whitened")
+    x, y = data()
+    for group in optimizer.param_groups:
+        group["rule"] = "damped"
+    model(x, y)[1].backward()
+    with pytest.raises(RuntimeError, match=r"call opt.attach\(model\) when a group gets such a rule"):
+        optimizer.step()
 
 
 def test_a_vector_in_a_group_of_the_spectral_rule_has_curvature():

@@ -73,7 +73,7 @@ def test_a_group_that_joins_late(again):
     model = nn.Linear(3, 3)
     opt = again(Sophia([model.weight], mode="manual", lr=0.1, eps=1e-10))
     late = nn.Parameter(torch.zeros(3))
-    opt.add_param_group({"params": [late], "rule": "damped"})
+    opt.add_param_group({"params": [late], "rule": "damped", "scale": 4.0})
     group = opt.param_groups[-1]
     assert [group[name] for name in SETTINGS] == [
         1e-10 if name == "eps" else getattr(DAMPED, name) for name in SETTINGS
@@ -87,3 +87,39 @@ def test_by_hand_the_kinds_cannot_be_found():
     model = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="or that of a group, tells hidden matrices"):
         Sophia([{"params": list(model.parameters()), "rule": "damped"}], mode="manual")
+
+
+def test_a_late_group_of_kinds_needs_the_model_or_a_scale():
+    """One scale for hidden matrices and table under a rule that has two."""
+    model = nn.Linear(3, 3)
+    opt = Sophia([model.weight], mode="manual", lr=0.1)
+    with pytest.raises(ValueError, match="or give the group a 'scale'"):
+        opt.add_param_group({"params": [model.bias], "rule": "damped"})
+    assert len(opt.param_groups) == 1
+    opt.attach(model)
+    opt.add_param_group({"params": [model.bias], "rule": "damped"})
+    assert opt.param_groups[-1]["scale"] == DAMPED.kind_scales[1]
+
+
+def test_groups_in_any_iterable_are_told_apart():
+    """The values of a dict, which are neither a list nor an iterator."""
+    model = GPT()
+    groups = {"all": {"params": list(model.parameters()), "rule": "damped"}}
+    opt = Sophia(groups.values(), model=model)
+    assert {group["scale"] for group in opt.param_groups} == set(DAMPED.kind_scales)
+
+
+@pytest.mark.parametrize("wrong", [["spectral"], None, 3, "spectrall"])
+def test_a_rule_that_is_none_is_refused_with_the_names_of_all(wrong):
+    with pytest.raises(ValueError, match="give one of 'paper', 'damped'"):
+        Sophia([{"params": [nn.Parameter(torch.zeros(2))], "rule": wrong}], mode="manual")
+
+
+def test_gamma_is_for_the_group_that_has_curvature():
+    """Refused as without effect beside a group that it is for."""
+    model = GPT()
+    groups = Sophia.groups(model, {"tokens.*": {"rule": "damped"}})
+    opt = Sophia(groups, model=model, rule="whitened", gamma=0.3)
+    assert {group["gamma"] for group in opt.param_groups if group["rule"] == "damped"} == {0.3}
+    with pytest.raises(ValueError, match="no curvature for gamma"):
+        Sophia(model, rule="whitened", gamma=0.3)

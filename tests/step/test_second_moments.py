@@ -213,6 +213,21 @@ def test_a_run_goes_on_from_a_file(dtype):
         assert torch.equal(p, q)
 
 
+def test_a_file_of_the_first_version_goes_on():
+    """That had no squares along the eigenvectors: they begin with what it took in their place."""
+    model = GPT()
+    optimizer = Sophia(model, lr=0.01, rule="whitened")
+    give(list(model.parameters()), noise_like(list(model.parameters()), 0))
+    optimizer.step()
+    loaded = copy.deepcopy(optimizer.state_dict())
+    expected = {k: s.pop("basis_squares") for k, s in loaded["state"].items() if "basis_squares" in s}
+    optimizer.load_state_dict(loaded)
+    again = optimizer.state_dict()["state"]
+    assert expected
+    for number, squares in expected.items():
+        torch.testing.assert_close(again[number]["basis_squares"], squares, rtol=1e-4, atol=1e-9)
+
+
 def test_groups_of_both_kinds_in_one_optimizer():
     """Curvature for a part of the model: h is renewed for that part, and for it alone."""
     model = GPT()

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from sophia.step.groups import is_vector
 from sophia.step.rules import RULES, Rule
 
-__all__ = ["groups_by_kind", "hidden_matrices", "model_that_tells_kinds", "move_by_kind"]
+__all__ = [
+    "groups_by_kind",
+    "hidden_matrices",
+    "model_that_tells_kinds",
+    "move_by_kind",
+    "rule_of",
+    "rules_of",
+]
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:
@@ -27,7 +34,7 @@ def move_by_kind(params: Any, rule: Rule) -> bool:
     with that.
     """
     if isinstance(params, (list, tuple)) and params and isinstance(params[0], Mapping):
-        return any("scale" not in group and _rule_of(group, rule).needs_model for group in params)
+        return any("scale" not in group and rule_of(group, rule).needs_model for group in params)
     return rule.needs_model
 
 
@@ -42,7 +49,7 @@ def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[
     groups: list[dict[str, Any]] = []
     hidden_dimensions = {id(p): p.ndim for p in _hidden(model)}
     for group in given if given and isinstance(given[0], Mapping) else [{"params": given}]:
-        mine = _rule_of(group, rule)
+        mine = rule_of(group, rule)
         if "scale" in group or not mine.needs_model:
             groups.append(dict(group))
             continue
@@ -64,8 +71,17 @@ def groups_by_kind(params: Iterable[Any], model: nn.Module, rule: Rule) -> list[
     return groups
 
 
-def _rule_of(group: Mapping[str, Any], rule: Rule) -> Rule:
-    return RULES.get(group.get("rule", rule.name), rule)  # a name that is none is refused with the group
+def rule_of(group: Mapping[str, Any], rule: Rule) -> Rule:
+    """The rule that a group names, or else this one. A name that is none is refused with the group."""
+    name = group.get("rule", rule.name)
+    return RULES.get(name, rule) if isinstance(name, str) else rule
+
+
+def rules_of(params: Any, rule: Rule) -> list[Rule]:
+    """Those of some groups, or this one for parameters."""
+    if isinstance(params, list) and params and all(isinstance(group, Mapping) for group in params):
+        return [rule_of(group, rule) for group in params]
+    return [rule]
 
 
 def model_that_tells_kinds(owners: Sequence[nn.Module], parameters: Sequence[Tensor]) -> nn.Module | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophia.update_rule import NEWTON_SCHULZ, polar
+from sophia.update_rule import NEWTON_SCHULZ, polar, unit_largest
 
 __all__ = ["polar_of"]
 
@@ -30,6 +30,7 @@ def polar_of(x: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     turned = x.size(0) > x.size(1)
     x = x.T if turned else x
+    x = unit_largest(x)
     x = x / x.norm().clamp(min=torch.finfo(x.dtype).tiny)
     gram = x @ x.T
     product = _polynomial(gram, a, b, c)

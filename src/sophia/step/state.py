@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sophia.distributed.shards import laid_out_like, local
 from sophia.step.rules import RULES, Rule
+from sophia.update_rule import along
 
 __all__ = ["RMS", "add_what_is_missing", "check_origin", "is_complete", "other_settings", "restore_state"]
 
@@ -150,6 +151,10 @@ def restore_state(
         restored: dict[str, Tensor] = {}
         add_what_is_missing(restored, parameter, rule, dtype)
         restored.pop(RMS, None)  # it may be missing in the file: a group that changed its rule
+        if "basis_squares" in restored and {"second_moment", "basis"} <= entries.keys():
+            # The first version of the factored rule had no such averages, and took these in their place.
+            before = along(entries["second_moment"], entries["basis"])
+            entries = {"basis_squares": before, **entries}
         _check(entries, restored, number, parameter)
         for name, value in restored.items():
             if value.shape == parameter.shape:

@@ -65,8 +65,10 @@ def test_the_interval_of_the_difference_covers_at_its_rate(seeds, budgets, own) 
         ({("wasteful", 600): 1.0, ("adamw", 1200): -1.0}, end_loss(300) - end_loss(1200)),
         ({("wasteful", 1200): 1.0, ("adamw", 600): -0.5, ("adamw", 300): -0.5},
          end_loss(600) - (end_loss(600) + end_loss(300)) / 2),
+        ({(c, b): w / 2 for c, w in (("wasteful", 1.0), ("adamw", -1.0)) for b in (600, 1200)},
+         (end_loss(300) + end_loss(600)) / 2 - (end_loss(600) + end_loss(1200)) / 2),
     ],
-    ids=["one budget", "half the budget", "between budgets"],
+    ids=["one budget", "half the budget", "between budgets", "two budgets"],
 )  # fmt: skip
 def test_budgets_with_one_trunk_are_not_counted_as_independent(weights, truth, common) -> None:
     """If this fails, runs that share most of their steps narrow an interval as if they were new ones: 90%
@@ -81,7 +83,7 @@ def test_budgets_with_one_trunk_are_not_counted_as_independent(weights, truth, c
             found.append(estimate.low <= truth <= estimate.high)
     assert np.mean(held) >= COVERED[0]
     assert np.mean(held) >= np.mean(naive)
-    if common and len({b for c, b in weights if c == "adamw"}) > 1:
+    if common and len({b for c, b in weights if c == "wasteful"}) > 1:
         assert np.mean(naive) < 0.9, "else there would be nothing to correct"
 
 
@@ -176,6 +178,26 @@ def test_late_runs_at_a_short_budget_say_nothing_of_a_long_one() -> None:
     assert COVERED[0] <= np.mean([e.low <= truth <= e.high for e in late]) <= COVERED[1]
     widths = [np.median([e.high - e.low for e in found]) for found in (quiet, late)]
     assert widths[1] == pytest.approx(widths[0], rel=0.3)
+
+
+def test_a_contender_whose_runs_were_lost_says_nothing_of_the_others() -> None:
+    """If this fails one diverged run of a third contender takes the intervals of all the others."""
+    planted = Planted(efficiency={**HALF, "lost": 1.0}, seeds=(0, 1), budgets=(300, 600))
+    ends = planted_ends(planted, np.random.default_rng(15))
+    del ends["lost", 600, 1]
+    found = contrast(ends, {("wasteful", 300): 1.0, ("adamw", 600): -1.0}, noise_by_budget(ends))
+    assert found.low is not None
+    noise = noise_by_budget(ends).at[600]
+    assert (noise.contenders, noise.mean_degrees) == (2, 1)
+
+
+def test_a_budget_whose_noise_is_not_known_determines_no_curve() -> None:
+    """If this fails one seed a budget counts as a budget without noise, and the exponent as measured."""
+    ends = {("adamw", b, s): 3.6 + 1.25 * (b / 1200) ** -0.45 for b in (300, 600, 1200) for s in (0, 1)}
+    ends |= {("b", b, s): y + 0.01 * s for (_, b, s), y in ends.items()}
+    assert curve_of(ends, "adamw", noise_by_budget(ends)).power is not None
+    alone = {key: y for key, y in ends.items() if key[1] == 300 or key[2] == 0}
+    assert curve_of(alone, "adamw", noise_by_budget(alone)).power is None
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -153,3 +153,12 @@ def test_a_run_that_was_stopped_is_drawn(tmp_path):
     for rows in (1, 5, 40):
         path.write_text("\n".join(lines[:rows]) + "\n")
         stability.draw(Records(tmp_path))
+
+
+def test_records_of_a_run_that_was_stopped_early_have_a_verdict(tmp_path):
+    """A traceback where somebody looks at what there is so far."""
+    records = Records(tmp_path)
+    case = {"part": "trick", "contender": "adamw", "scaled": False, "lr": 1e-3, "seed": 1}
+    records.add(case, loss=2.9, unigram=UNIGRAM)
+    records.add({**case, "scaled": True, "lr": 2e-3}, loss=2.9, unigram=UNIGRAM)
+    assert stability.verdict(records).word == "not seen at this scale"

@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 
 import numpy as np
 from scipy import stats
@@ -75,8 +75,11 @@ class Noise:
 
     @property
     def of_a_run(self) -> float:
-        """Standard deviation of one run, with what its seed does to everybody; at least."""
-        return sqrt(self.rest**2 + self.mean**2)
+        """Standard deviation of one run, with what its seed does to everybody, or a little more; infinite
+        where it is not known.
+        """
+        known = self.degrees > 0 and self.mean_degrees > 0
+        return sqrt(self.rest**2 + self.mean**2) if known else inf
 
 
 @dataclass(frozen=True)
@@ -128,15 +131,30 @@ def _noise_at(ends: Ends, budget: int) -> Noise:
     solution, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
     left = len(here) - int(rank)  # with none left the residuals are rounding errors
     squares = float(np.sum((losses - design @ solution) ** 2)) if left > 0 else 0.0
-    full = [s for s in seeds if all((c, budget, s) in ends for c in names)]
-    means = [np.mean([ends[c, budget, s] for c in names]) for s in full]
+    # Over as many contenders as share two seeds: one whose runs were lost says nothing of the others.
+    having = {c: {s for name, s, _ in here if name == c} for c in names}
+    block, full = _largest_block(having)
+    means = [np.mean([ends[c, budget, s] for c in block]) for s in full]
     return Noise(
         rest=sqrt(squares / left) if left > 0 else 0.0,
         degrees=left,
         mean=float(np.std(means, ddof=1)) if len(full) > 1 else 0.0,
         mean_degrees=max(0, len(full) - 1),
-        contenders=len(names),
+        contenders=len(block),
     )
+
+
+def _largest_block(having: Mapping[str, set[int]]) -> tuple[list[str], list[int]]:
+    """Contenders and the seeds that all of them have: most degrees of freedom first, then most contenders.
+
+    >>> _largest_block({"a": {1, 2, 3}, "b": {1, 2, 3}, "lost": {1}})
+    (['a', 'b'], [1, 2, 3])
+    """
+    order = sorted(having, key=lambda c: (-len(having[c]), c))
+    blocks = []
+    for n in range(1, len(order) + 1):
+        blocks.append((order[:n], sorted(set.intersection(*(having[c] for c in order[:n])))))
+    return max(blocks, key=lambda block: (len(block[0]) * (len(block[1]) - 1), len(block[0])))
 
 
 def contrast(ends: Ends, weights: Weights, noise: NoiseByBudget) -> Estimate | None:

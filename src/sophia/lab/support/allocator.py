@@ -15,7 +15,7 @@ __all__ = ["keep_freed_memory"]
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """``mallopt`` of glibc, by the names in its ``malloc.h``."""
-_ONE_GIB, _64_MIB = 1 << 30, 1 << 26
+_ONE_GIB, _64_MIB, _32_MIB = 1 << 30, 1 << 26, 1 << 25
 
 
 @functools.cache
@@ -30,6 +30,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # musl has a mallopt in name alone, which answers 0. Each call is made, whatever the one before said.
-    wanted = ((_MMAP_THRESHOLD, _ONE_GIB), (_TRIM_THRESHOLD, _ONE_GIB), (_TOP_PAD, _64_MIB))
-    return all([mallopt(name, value) == 1 for name, value in wanted])
+    # musl has a mallopt in name alone, which answers 0; glibc before 2.35 takes 32 MiB at most. Without a
+    # threshold of ours the other two calls would freeze it where it is, perhaps at 128 KiB.
+    taken = [mallopt(_MMAP_THRESHOLD, value) == 1 for value in (_32_MIB, _ONE_GIB)]
+    if not any(taken):
+        return False
+    return all([mallopt(_TRIM_THRESHOLD, _ONE_GIB) == 1, mallopt(_TOP_PAD, _64_MIB) == 1])

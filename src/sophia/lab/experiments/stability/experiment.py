@@ -142,6 +142,8 @@ def _said(cell: Cell) -> str:
 def verdict(records: Records) -> Verdict:
     """Who needs the scaling, and who clips. Sophia stands by this if the others need it and it does not."""
     at = {c.contender: c for c in cells(records)}
+    if not at:
+        return Verdict("not seen at this scale", "No contender has all of its runs yet.")
     top = max(cell.learns for cell in at.values())
     # One that learns little either way shows nothing of the scaling: it neither needs it nor does without.
     judged = {name: cell for name, cell in at.items() if cell.learns >= top / 4 and cell.learns > 0}
