@@ -260,17 +260,17 @@ def draw(records: Records) -> Figure:
     found = differences(records)
     for shift, difference in enumerate(found):
         spans = [(n, *difference.interval(n)) for n in range(2, len(difference.values) + 1)]
-        place = [n + 0.12 * (shift - 1.5) for n, _, _ in spans]
+        places = [n + 0.12 * (shift - 1.5) for n, _, _ in spans]
         colour = COLOURS[difference.one]
         style = "-" if difference.other == "adamw" else ":"
         lines = intervals.vlines(
-            place, [low for _, low, _ in spans], [high for _, _, high in spans], color=colour
+            places, [low for _, low, _ in spans], [high for _, _, high in spans], color=colour
         )
         lines.set_linestyle(style)
         means = [fmean(difference.values[:n]) for n, _, _ in spans]
         face = colour if style == "-" else "white"
         label = f"{difference.one} less {difference.other}"
-        intervals.plot(place, means, "o", color=colour, mfc=face, ms=4, label=label)
+        intervals.plot(places, means, "o", color=colour, mfc=face, ms=4, label=label)
     values = [v for difference in found for v in difference.values]
     if values:  # two seeds that differ much have an interval that would hide all others
         intervals.set_ylim(min(0, *values) - 0.15, max(0, *values) + 0.15)
