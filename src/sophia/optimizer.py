@@ -415,7 +415,7 @@ class Sophia(torch.optim.Optimizer):
     def _listen(self) -> None:
         if self._recorder is not None:
             self._recorder.active = any(
-                _trained_by_h(g) and is_due(g["step"], g["update_every"]) for g in self.param_groups
+                _renews(g) and is_due(g["step"], g["update_every"]) for g in self.param_groups
             )
             first = self.param_groups[0]
             sampled = first["weights_equal"] and self._refreshed()["refreshes"] % ALL_AGAIN
@@ -479,7 +479,7 @@ class Sophia(torch.optim.Optimizer):
             if self.mode == "replay":
                 self._refresh_if_due()
         if self._trained():
-            for group in filter(_trained_by_h, self.param_groups):  # all first: a warning may be an error
+            for group in filter(_renews, self.param_groups):  # all first: a warning may be an error
                 self._warn_if_stale(group)
         if self._joins:
             self._join_shards(first=True)
@@ -808,7 +808,7 @@ class Sophia(torch.optim.Optimizer):
 
     def _with_curvature(self) -> list[Tensor]:
         """What trains by a rule that divides by h."""
-        return [p for group in self.param_groups for p in _trained_by_h(group)]
+        return [p for group in self.param_groups for p in _divided_by_h(group) if p.requires_grad]
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
@@ -887,7 +887,8 @@ class Sophia(torch.optim.Optimizer):
         if self._search is None and not any(map(_has_curvature, added)):
             return
         if self._model is not None:
-            self.attach(self._model)
+            check_ownership(self._trained() or self._parameters(), self._model)
+            self._take_model(self._model, self._refresher.group)
         elif self._search is not None or not self._is_copy:
             self._begin_search(owners_of(self._parameters()))
 
@@ -979,8 +980,9 @@ def _divided_by_h(group: Mapping[str, Any]) -> list[Tensor]:
     return RULES[group["rule"]].divided_by_h(group["params"])
 
 
-def _trained_by_h(group: Mapping[str, Any]) -> list[Tensor]:
-    return [p for p in _divided_by_h(group) if p.requires_grad]
+def _renews(group: Mapping[str, Any]) -> bool:
+    """Whether something that trains has curvature."""
+    return any(p.requires_grad for p in _divided_by_h(group))
 
 
 def _number(value: float | Tensor) -> float:

@@ -492,7 +492,7 @@ def test_gradients_that_another_optimizer_owns_are_left_alone(estimator):
 def test_own_rule_is_the_share_of_coordinates_that_the_published_rule_does_not_move():
     """By it advice knows when the range of the unclipped share says nothing."""
     weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(12))]
-    groups = [{"params": weights[:1]}, {"params": weights[1:], "rule": "damped"}]
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "rule": "damped", "scale": 1.0}]
     assert Sophia(groups, mode="manual").stats()["own_rule"] == 0.75
     assert Sophia(weights, mode="manual").stats()["own_rule"] == 0.0
 
