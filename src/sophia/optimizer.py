@@ -828,12 +828,16 @@ class Sophia(torch.optim.Optimizer):
         rule that tells kinds of tensors apart it becomes a group for each, unless it names its ``scale``.
         """
         groups = [param_group] if self._constructing else self._by_kind(param_group)
-        for group in groups:
-            self._check_group(group)
+        completed = [self._completed(group) for group in groups]  # all are checked before one is added
         before = len(self.param_groups)
         try:
-            for group in groups:
-                self._add_group(group)
+            for group in completed:
+                super().add_param_group(group)
+                if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
+                    raise ValueError(
+                        "Sophia does not support complex parameters: curvature is defined coordinate by "
+                        "coordinate. Use torch.view_as_real"
+                    )
             if not self._constructing:
                 self._look_for_the_model(self.param_groups[before:])
         except ValueError:
@@ -850,33 +854,26 @@ class Sophia(torch.optim.Optimizer):
         if telling is None and self.mode == "replay":
             every = self._parameters() + tensors
             telling = model_that_tells_kinds(owners_of(every), every)
-        if telling is None:
+        known = set() if telling is None else {id(p) for p in telling.parameters()}
+        if not known.issuperset(map(id, tensors)):
             raise ValueError(
                 f"add_param_group: rule={group.get('rule', by.name)!r} tells hidden matrices from embeddings "
-                "and the head by the model, and none is known here. Call opt.attach(model) first, or give "
-                "the group a 'scale', of its steps in units of lr"
+                "and the head by the model, and none is known here that has these parameters. Call "
+                "opt.attach(model) first, or give the group a 'scale', of its steps in units of lr"
             )
+        assert telling is not None
         return groups_by_kind([{**group, "params": members}], telling, by)
 
-    def _check_group(self, group: Mapping[str, Any]) -> None:
+    def _completed(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The group with its rule's own settings where nobody gave any, and the counters of the others."""
         by = rule_of(group, RULES[self.defaults["rule"]])
         own = {name: getattr(by, name) for name in self._ungiven}
         check_group({**self.defaults, **own, **group}, rounds=self._rounds)
         self._say_if_adamws({"rule": by.name, **group})
-
-    def _add_group(self, group: dict[str, Any]) -> None:
-        by = rule_of(group, RULES[self.defaults["rule"]])
-        group = {**{name: getattr(by, name) for name in self._ungiven}, **group}
         if self.param_groups:
             first = self.param_groups[0]
-            group = {"step": first["step"], "joined": first["step"], "seed": first["seed"], **group}
-        super().add_param_group(group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.is_complex():
-                raise ValueError(
-                    "Sophia does not support complex parameters: curvature is defined coordinate by "
-                    "coordinate. Use torch.view_as_real"
-                )
+            own |= {"step": first["step"], "joined": first["step"], "seed": first["seed"]}
+        return {**own, **group}
 
     def _look_for_the_model(self, added: Sequence[Mapping[str, Any]]) -> None:
         """Of more parameters the owners are others; and the first with curvature wants its forwards

@@ -12,7 +12,7 @@ from sophia import Sophia
 from sophia.step.groups import COUNTERS
 from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor
 from sophia.step.rules import DAMPED, PAPER, RULES, SPECTRAL, Rule, StepSettings
-from tiny import GPT, data
+from tiny import GPT, trained
 
 IDENTITY = Rule("identity", lambda u, h, size, s: u, betas=(0.5, 0.9), gamma=1.0, lr_over_adamw=3.0)
 KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor)
@@ -21,15 +21,6 @@ KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor)
 @pytest.fixture
 def identity(monkeypatch):
     monkeypatch.setitem(RULES, "identity", IDENTITY)
-
-
-def trained(model, opt, steps=4):
-    x, y = data()
-    for _ in range(steps):
-        opt.zero_grad()
-        model(x, y)[1].backward()
-        opt.step()
-    return [p.detach().clone() for p in model.parameters()]
 
 
 def test_a_rule_is_one_row(identity):

@@ -10,18 +10,9 @@ from torch import nn
 from reference import give, noise_like
 from sophia import Sophia
 from sophia.step.rules import DAMPED, PAPER, RULES
-from tiny import GPT, data
+from tiny import GPT, trained
 
 SETTINGS = ("betas", "gamma", "eps", "damping", "update_every")
-
-
-def trained(model, optimizer, steps=6):
-    x, y = data()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(x, y)[1].backward()
-        optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -31,7 +22,7 @@ def test_a_rule_given_to_all_groups_is_that_rule(rule):
     other.load_state_dict(one.state_dict())
     by_argument = Sophia(one, lr=0.01, rule=rule, weight_decay=0.1)
     by_groups = Sophia(Sophia.groups(other, {"*": {"rule": rule}}, weight_decay=0.1), model=other, lr=0.01)
-    for p, q in zip(trained(one, by_argument), trained(other, by_groups), strict=True):
+    for p, q in zip(trained(one, by_argument, steps=6), trained(other, by_groups, steps=6), strict=True):
         assert torch.equal(p, q)
 
 
@@ -123,3 +114,13 @@ def test_gamma_is_for_the_group_that_has_curvature():
     assert {group["gamma"] for group in opt.param_groups if group["rule"] == "damped"} == {0.3}
     with pytest.raises(ValueError, match="no curvature for gamma"):
         Sophia(model, rule="whitened", gamma=0.3)
+
+
+def test_a_late_group_of_another_module_needs_a_scale():
+    """Its hidden matrices would move as far as a table, since no model that is known has them."""
+    model, other = GPT(), GPT()
+    opt = Sophia(model, rule="damped", lr=0.1)
+    before = len(opt.param_groups)
+    with pytest.raises(ValueError, match="none is known here that has these parameters"):
+        opt.add_param_group({"params": list(other.parameters())})
+    assert len(opt.param_groups) == before

@@ -11,7 +11,7 @@ of H (theta - theta*), near it those of the noise, which here has H as its covar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,32 +49,21 @@ def _move(points: Tensor, settings: Sequence[Settings], direction: Tensor) -> No
     points.sub_(lr * direction.flatten(1).view_as(points))
 
 
-def _muon(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> Update:
-    """Whitened without whitening."""
-    m = torch.zeros_like(_each(points))
-    same = torch.eye(min(SHAPE), dtype=points.dtype)
-    direction = torch.vmap(lambda u: whitened_direction(u, same, power=0.0, damping=0.0))
+def _of_momentum(direction: Callable[[Tensor], Tensor], beta1: float) -> Build:
+    """A rule whose direction is that of the look-ahead momentum alone."""
 
-    def update(noise: Tensor, step: int) -> None:
-        g = _each(valley.gradient(points) + noise)
-        m.lerp_(g, 1 - BETA1)
-        _move(points, settings, direction(look_ahead(m, g, beta1=BETA1)))
+    def build(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> Update:
+        m = torch.zeros_like(_each(points))
+        of_each = torch.vmap(direction)
 
-    return update
+        def update(noise: Tensor, step: int) -> None:
+            g = _each(valley.gradient(points) + noise)
+            m.lerp_(g, 1 - beta1)
+            _move(points, settings, of_each(look_ahead(m, g, beta1=beta1)))
 
+        return update
 
-def _spectral(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> Update:
-    """Of hidden matrices, where it knows no curvature either."""
-    beta1, _ = SPECTRAL.betas
-    m = torch.zeros_like(_each(points))
-    direction = torch.vmap(lambda u: spectral_direction(u, power=1 / 4))
-
-    def update(noise: Tensor, step: int) -> None:
-        g = _each(valley.gradient(points) + noise)
-        m.lerp_(g, 1 - beta1)
-        _move(points, settings, direction(look_ahead(m, g, beta1=beta1)))
-
-    return update
+    return build
 
 
 def _whitened(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> Update:
@@ -130,8 +119,8 @@ def _factored(valley: Valley, points: Tensor, settings: Sequence[Settings]) -> U
 
 _STEPS = [{"lr": r} for r in rates(-5, 0, 26)]
 _BUILDS: dict[str, Build] = {
-    "Muon": _muon,
-    "spectral": _spectral,
+    "Muon": _of_momentum(lambda u: spectral_direction(u, power=0.0), BETA1),
+    "spectral": _of_momentum(lambda u: spectral_direction(u, power=1 / 4), SPECTRAL.betas[0]),
     "whitened": _whitened,
     "factored": _factored,
 }

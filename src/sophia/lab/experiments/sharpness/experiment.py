@@ -21,7 +21,6 @@ from sophia.lab.experiments.sharpness.figure import draw
 from sophia.lab.experiments.sharpness.matched_loss import (
     BASE,
     LEVELS,
-    QUANTITIES,
     compared,
     expanded,
 )
@@ -105,12 +104,10 @@ def verdict(records: Records) -> Verdict:
     whether Muon does, which is what was found elsewhere.
     """
     others = [name for name in records.values("contender") if name != BASE]
-    found = {
-        quantity: {name: pairs for name in others if (pairs := compared(records, name, quantity))}
-        for quantity in QUANTITIES
-    }
-    sharpness = found["d'Hd / |d|^2"]
-    hidden, best = found["the same of hidden matrices"], found["gain of the best length"]
+    sharpness, hidden, best = (
+        {name: pairs for name in others if (pairs := compared(records, name, quantity))}
+        for quantity in ("d'Hd / |d|^2", "the same of hidden matrices", "gain of the best length")
+    )
     within = ", ".join(f"{_within(records, name):.0%} ({name})" for name in (BASE, *others))
     sentence = (
         f"d'Hd / |d|^2 over {BASE}'s, medians over {LEVELS} held-out losses that both pass, a number a seed: "
