@@ -1,8 +1,8 @@
 """Memory that the C library hands back to the system at each ``free``, and asks for again at the next step.
 
 A training step frees and takes the same large tensors again and again. By default glibc returns those of some
-megabytes to the system, which clears every page before it gives it out anew: on a small model a tenth to a
-quarter of the processor time of a step.
+megabytes to the system, which clears every page before it gives it out anew: on a small model a
+good part of the processor time of a step.
 """
 
 from __future__ import annotations
