@@ -1,11 +1,11 @@
-"""The oracle: hidden matrices moved by a solve with their own Gauss-Newton block, by conjugate gradients.
+"""The oracle: parameters moved by a solve with their own Gauss-Newton block, by conjugate gradients.
 
-    X = argmin <u, X> + 1/2 <X, (G + mu) X>,   G = J' H J,   H = (diag p - p p') / N of the logits
+    X = argmin -<u, X> + 1/2 <X, (G + mu) X>,   G = J' H J,   H = (diag p - p p') / N of the logits
 
-u is the look-ahead momentum, J the derivative of the logits in the block (one matrix, or all hidden matrices
-together), over the last ``parts`` micro-batches of the step. mu is ``damping`` times <u, G u> / <u, u>.
-Nothing of this is cheap, with 30 iterations: it says how many steps there are to win, before anybody makes it
-so.
+u is the look-ahead momentum, J the derivative of the logits in the block (one matrix, all hidden matrices
+together, or the whole model), over the last ``parts`` micro-batches of the step. mu is ``damping`` times
+<u, G u> / <u, u>. With ``warm`` the solve begins where that of the step before ended, shrunk to its best
+length. Nothing of this is cheap: it says how many steps there are to win, before anybody makes it so.
 Source: Abreu et al., arXiv 2510.09378 (full and layerwise Gauss-Newton).
 """
 
@@ -16,42 +16,52 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rest_of_the_model import by_adamw, hidden_names
+from rest_of_the_model import hidden_names
+from rotated_adam import rest_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sophia.lab.optimizers.pair import Pair
 from sophia.update_rule import look_ahead, rms
 
-__all__ = ["BlockProducts", "GaussNewton", "conjugate_gradients"]
+__all__ = ["BlockProducts", "GaussNewton", "WholeModel", "conjugate_gradients"]
 
 Block = Sequence[Tensor]
 
+SOLVE: Mapping[str, Any] = {
+    "lr": 0.03,
+    "momentum": 0.9,
+    "iterations": 30,
+    "damping": 0.1,
+    "parts": 4,
+    "warm": False,
+    "length": "rms",
+    "weight_decay": 0.0,
+}
+
 
 class GaussNewton(Pair):
-    """The oracle for hidden matrices, AdamW for the rest; the lab's contender."""
+    """The oracle for hidden matrices, AdamW or the whitened rule's own step for the rest; a contender."""
 
     sophia_defaults: Mapping[str, Any] = {
-        "lr": 0.03,
-        "rest_lr": 0.025,
-        "momentum": 0.9,
-        "iterations": 30,
-        "damping": 0.1,
-        "parts": 4,
+        **SOLVE,
         "block": "matrix",
-        "length": "rms",
+        "rest_lr": 0.025,
+        "rest": "adamw",
         "beta1": 0.9,
         "beta2": 0.95,
-        "weight_decay": 0.0,
     }
 
     def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
-        rest = by_adamw(model, rest_lr, s)
-        of_solve = {name: value for name, value in s.items() if name not in ("beta1", "beta2")}
-        super().__init__(_Solved(model, sorted(hidden_names(model)), lr=lr, **of_solve), rest)
+        of_solve = {name: value for name, value in s.items() if name not in ("rest", "beta1", "beta2")}
+        super().__init__(
+            Solved(model, sorted(hidden_names(model)), lr=lr, **of_solve), rest_of(model, rest_lr, s)
+        )
 
 
-class _Solved(Optimizer):
+class Solved(Optimizer):
+    """Parameters by name, in one block or each its own."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,13 +73,15 @@ class _Solved(Optimizer):
         damping: float,
         parts: int,
         block: str,
+        warm: bool,
         length: str,
         weight_decay: float,
     ) -> None:
         if block not in ("matrix", "all") or length not in ("rms", "newton"):
             raise ValueError(f"block {block!r}, length {length!r}: write matrix or all; rms or newton")
         self.model, self.names = model, names
-        self.iterations, self.damping, self.block, self.length = iterations, damping, block, length
+        self.iterations, self.damping, self.block = iterations, damping, block
+        self.warm, self.length = warm, length
         self.batches: deque[Tensor] = deque(maxlen=parts)
         model.register_forward_pre_hook(self._keep, with_kwargs=True)
         named = dict(model.named_parameters())
@@ -91,21 +103,30 @@ class _Solved(Optimizer):
                 state["exp_avg"] = torch.zeros_like(w)
             m = state["exp_avg"].lerp_(w.grad, 1 - group["momentum"])
             momenta.append(look_ahead(m, w.grad, beta1=group["momentum"]))
-        blocks = [[i] for i in range(len(momenta))] if self.block == "matrix" else [list(range(len(momenta)))]
-        found: list[Tensor] = [torch.zeros_like(u) for u in momenta]
-        for numbers in blocks:
-            u = [momenta[i] for i in numbers]
+        count = len(momenta)
+        for numbers in [[i] for i in range(count)] if self.block == "matrix" else [list(range(count))]:
+            u, weights = ([of[i] for i in numbers] for of in (momenta, group["params"]))
             products = BlockProducts(self.model, [self.names[i] for i in numbers], list(self.batches))
-            quotient = _inner(u, products(u)) / _inner(u, u).clamp(min=1e-30)
+            mu = self.damping * float(_inner(u, products(u)) / _inner(u, u).clamp(min=1e-30))
+            first = [self.state[w].get("solution") for w in weights] if self.warm else [None]
             x = conjugate_gradients(
-                products, u, mu=self.damping * float(quotient), iterations=self.iterations
+                products, u, mu=mu, iterations=self.iterations, first=None if None in first else first
             )
-            for i, solved in zip(numbers, x, strict=True):
-                found[i] = solved
-        for w, d in zip(group["params"], found, strict=True):
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            length = 0.2 / rms(d).clamp(min=1e-30) if self.length == "rms" else 1.0
-            w.sub_(group["lr"] * length * d)
+            for w, d in zip(weights, x, strict=True):
+                if self.warm:
+                    self.state[w]["solution"] = d
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                length = 0.2 / rms(d).clamp(min=1e-30) if self.length == "rms" else 1.0
+                w.sub_(group["lr"] * length * d)
+
+
+class WholeModel(Solved):
+    """The oracle for all parameters in one block; a contender."""
+
+    sophia_defaults: Mapping[str, Any] = {**SOLVE, "length": "newton", "lr": 1.0}
+
+    def __init__(self, model: nn.Module, *, lr: float, seed: int, **s: Any) -> None:
+        super().__init__(model, [n for n, _ in model.named_parameters()], lr=lr, block="all", **s)
 
 
 class BlockProducts:
@@ -148,9 +169,14 @@ class BlockProducts:
 
 
 def conjugate_gradients(
-    products: Callable[[Block], Block], u: Block, *, mu: float, iterations: int
+    products: Callable[[Block], Block],
+    u: Block,
+    *,
+    mu: float,
+    iterations: int,
+    first: Block | None = None,
 ) -> list[Tensor]:
-    """``(G + mu)^-1 u``, or as near as the iterations come, from 0.
+    """``(G + mu)^-1 u``, or as near as the iterations come; from 0, or from the best multiple of ``first``.
 
     >>> import torch
     >>> a = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
@@ -159,7 +185,12 @@ def conjugate_gradients(
     """
     x = [torch.zeros_like(part) for part in u]
     r = [part.clone() for part in u]
-    d, size = [part.clone() for part in u], _inner(u, u)
+    if first is not None:
+        moved = [a + mu * b for a, b in zip(products(first), first, strict=True)]
+        share = _inner(u, first) / _inner(first, moved).clamp(min=1e-30)
+        x = [share * part for part in first]
+        r = [a - share * b for a, b in zip(r, moved, strict=True)]
+    d, size = [part.clone() for part in r], _inner(r, r)
     for _ in range(iterations):
         if float(size) == 0:
             break

@@ -26,7 +26,7 @@ from sophia.lab.optimizers.pair import Pair
 from sophia.step.polar import polar_of
 from sophia.update_rule import rms
 
-__all__ = ["RotatedAdam", "Soap"]
+__all__ = ["RotatedAdam", "Soap", "rest_of"]
 
 
 class RotatedAdam(Optimizer):
@@ -152,3 +152,21 @@ def _turned(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """``left' x right``; what is None is the identity."""
     x = x if left is None else left.T @ x
     return x if right is None else x @ right
+
+
+def rest_of(model: nn.Module, lr: float, s: Mapping[str, Any]) -> Optimizer:
+    """What trains all but the hidden matrices: adamw, or one of those here, rotated or factored."""
+    if s["rest"] == "adamw":
+        return by_adamw(model, lr, s)
+    if s["rest"] not in ("rotated", "factored"):
+        raise ValueError(f"rest is {s['rest']!r}: write adamw, rotated or factored")
+    hidden = hidden_names(model)
+    return RotatedAdam(
+        matrices_decayed(model, s, only=lambda name: name not in hidden),
+        lr=lr,
+        betas=(s["beta1"], s["beta2"]),
+        average=s.get("average", 0.9),
+        every=s.get("every", 5),
+        sides="short",
+        factored=s["rest"] == "factored",
+    )

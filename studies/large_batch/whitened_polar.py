@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from passes import Passes
-from rest_of_the_model import by_adamw, hidden_names
-from rotated_adam import RotatedAdam
+from rotated_adam import rest_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -65,25 +64,8 @@ class WhitenedPolar(Pair):
     def __init__(self, model: nn.Module, *, lr: float, rest_lr: float, seed: int, **s: Any) -> None:
         of_rest = {name: s.pop(name) for name in ("beta1", "beta2", "rest")}
         super().__init__(
-            HiddenMatrices(model, lr=lr, seed=seed, **s), _rest(model, rest_lr, {**s, **of_rest})
+            HiddenMatrices(model, lr=lr, seed=seed, **s), rest_of(model, rest_lr, {**s, **of_rest})
         )
-
-
-def _rest(model: nn.Module, lr: float, s: Mapping[str, Any]) -> Optimizer:
-    if s["rest"] == "adamw":
-        return by_adamw(model, lr, s)
-    if s["rest"] not in ("rotated", "factored"):
-        raise ValueError(f"rest is {s['rest']!r}: write adamw, rotated or factored")
-    hidden = hidden_names(model)
-    return RotatedAdam(
-        matrices_decayed(model, s, only=lambda name: name not in hidden),
-        lr=lr,
-        betas=(s["beta1"], s["beta2"]),
-        average=s["average"],
-        every=s["every"],
-        sides="short",
-        factored=s["rest"] == "factored",
-    )
 
 
 class HiddenMatrices(Optimizer):
