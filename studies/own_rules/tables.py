@@ -11,8 +11,9 @@ runs were made beside other work. What lies beyond the baseline's budgets is giv
 than the largest budget, read off the baseline's whole curve.
 
 A page says above a table which command made it, in a comment such as
-``<!-- tables.py results/comparisons/quick -->``. ``--write`` makes all such tables of a page again; a test
-holds that nothing changes.
+``<!-- tables.py results/comparisons/quick -->``. ``--write`` makes all such tables of a page again, and below
+one that shows runs of other numerics than today's a sentence that says which; a test holds that nothing
+changes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sophia.lab.analysis.cost_ratio import cost_ratio, in_cost
+from sophia.lab.analysis.made_by import other_code
 from sophia.lab.analysis.read_records import read_evidence
 from sophia.lab.analysis.seed_noise import Estimate, contrast
 from sophia.lab.analysis.speedup import Ratio, speedup
@@ -111,12 +113,17 @@ def lines(folder: Path, baseline: str | None, at: int | None = None) -> Iterator
             yield verdict.half_budget.sentence
 
 
-MARKED = re.compile(r"(?m)^<!-- tables\.py (?P<command>.*) -->\n(?P<table>(?:\|.*\n)*)")
+OLDER = "Older numerics: "
+MARKED = re.compile(
+    rf"(?m)^<!-- tables\.py (?P<command>.*) -->\n(?P<table>(?:\|.*\n)*)(?P<older>\n{OLDER}.*\n)?"
+)
 
 
 def table(folder: Path, baseline: str | None, at: int | None) -> str:
-    """The rows alone, a line each."""
-    return "".join(line + "\n" for line in lines(folder, baseline, at) if line.startswith("|"))
+    """The rows, a line each, and what is to be said of runs of other numerics."""
+    rows = "".join(line + "\n" for line in lines(folder, baseline, at) if line.startswith("|"))
+    said = other_code(read_evidence(folder).runs)
+    return rows + (f"\n{OLDER}{said}.\n" if said else "")
 
 
 def made_again(page: str, root: Path) -> str:

@@ -9,6 +9,7 @@ import ablate_own_rules
 import pytest
 import tables
 
+from sophia.lab.analysis.made_by import other_code
 from sophia.lab.analysis.read_records import read_evidence
 from sophia.lab.analysis.verdict import judge
 from sophia.lab.analysis.verdict_words import difference_words
@@ -34,6 +35,17 @@ def test_a_wrong_figure_is_found() -> None:
     assert tables.made_again(wrong, ROOT) == text
 
 
+def test_a_table_of_older_numerics_says_so() -> None:
+    """Else a reader takes it for today's rule."""
+    older, today = (ROOT / "results" / "comparisons" / n for n in ("large-batch-first-look", "quick"))
+    said = tables.table(older, None, None).splitlines()[-1]
+    assert said.startswith("Older numerics: 4 of 16 runs") and "whitened 1; today whitened" in said
+    assert tables.table(today, None, None).splitlines()[-1].startswith("| ")
+    page = f"<!-- tables.py {older.relative_to(ROOT)} -->\n\nprose\n"
+    once = tables.made_again(page, ROOT)
+    assert said in once and tables.made_again(once, ROOT) == once and once.endswith(".\n\nprose\n")
+
+
 def test_the_table_of_parts_is_what_its_record_says() -> None:
     """The same for what each part of a rule is worth."""
     mark = "<!-- ablate_own_rules.py --table results/studies/own-rules/ablation.jsonl -->\n"
@@ -44,7 +56,9 @@ def test_the_table_of_parts_is_what_its_record_says() -> None:
 
 def test_the_first_page_says_what_its_record_says() -> None:
     """The one figure that everybody reads."""
-    summary = judge(read_evidence(ROOT / "results" / "comparisons" / "quick"))
+    evidence = read_evidence(ROOT / "results" / "comparisons" / "quick")
+    assert not other_code(evidence.runs), "make it again: nobody can repeat it with today's numerics"
+    summary = judge(evidence)
     (verdict,) = summary.verdicts
     ends = {row.contender: row.loss for row in summary.rows if row.steps == 800}
     ratio = verdict.speedups[0].ratio
