@@ -39,11 +39,14 @@ def test_a_table_of_older_numerics_says_so() -> None:
     """Else a reader takes it for today's rule."""
     older, today = (ROOT / "results" / "comparisons" / n for n in ("large-batch-first-look", "quick"))
     said = tables.table(older, None, None).splitlines()[-1]
-    assert said.startswith("Older numerics: 4 of 16 runs") and "whitened 1; today whitened" in said
+    assert said.startswith("Older numerics: 4 of 16 runs")
+    assert "whitened 1; today whitened" in said
     assert tables.table(today, None, None).splitlines()[-1].startswith("| ")
     page = f"<!-- tables.py {older.relative_to(ROOT)} -->\n\nprose\n"
     once = tables.made_again(page, ROOT)
-    assert said in once and tables.made_again(once, ROOT) == once and once.endswith(".\n\nprose\n")
+    assert said in once
+    assert once.endswith(".\n\nprose\n")
+    assert tables.made_again(once, ROOT) == once
 
 
 def test_the_table_of_parts_is_what_its_record_says() -> None:
