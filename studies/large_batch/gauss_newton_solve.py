@@ -108,10 +108,8 @@ class Solved(Optimizer):
             u, weights = ([of[i] for i in numbers] for of in (momenta, group["params"]))
             products = BlockProducts(self.model, [self.names[i] for i in numbers], list(self.batches))
             mu = self.damping * float(_inner(u, products(u)) / _inner(u, u).clamp(min=1e-30))
-            first = [self.state[w].get("solution") for w in weights] if self.warm else [None]
-            x = conjugate_gradients(
-                products, u, mu=mu, iterations=self.iterations, first=None if None in first else first
-            )
+            last = [self.state[w]["solution"] for w in weights if "solution" in self.state[w]]
+            x = conjugate_gradients(products, u, mu=mu, iterations=self.iterations, first=last or None)
             for w, d in zip(weights, x, strict=True):
                 if self.warm:
                     self.state[w]["solution"] = d

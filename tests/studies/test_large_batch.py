@@ -165,14 +165,18 @@ def test_adam_in_a_basis_that_is_the_axes_is_adam() -> None:
         (Soap, {"polar": True}),
         (gauss_newton_solve.GaussNewton, {"iterations": 2}),
         (gauss_newton_solve.GaussNewton, {"iterations": 2, "block": "all", "length": "newton"}),
+        (gauss_newton_solve.GaussNewton, {"iterations": 2, "rest": "factored", "warm": True}),
+        (gauss_newton_solve.WholeModel, {"iterations": 2}),
     ],
 )
 def test_both_parts_of_a_candidate_move(make: Any, over: dict[str, Any]) -> None:
     model = tiny()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = make(model, seed=0, **{**make.sophia_defaults, **over})
-    backward(model)
-    optimizer.step()
+    for number in range(2):  # some keep something for the next step
+        optimizer.zero_grad()
+        backward(model, seed=number)
+        optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -198,6 +202,24 @@ def test_products_with_the_gauss_newton_matrix_are_those_of_the_dense_one() -> N
     (solved,) = gauss_newton_solve.conjugate_gradients(products, [x], mu=mu, iterations=200)
     exact = torch.linalg.solve(dense + mu * torch.eye(len(dense), dtype=torch.float64), x.flatten())
     torch.testing.assert_close(solved.flatten(), exact, rtol=1e-6, atol=1e-8)
+
+
+def test_a_warm_solve_begins_at_the_best_multiple_of_the_last_one() -> None:
+    """And goes on from there to the same end."""
+    a = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    u, last = [torch.tensor([5.0, 5.0], dtype=torch.float64)], [torch.tensor([1.0, 0.5], dtype=torch.float64)]
+
+    def solved(iterations: int, first: list[Tensor]) -> Tensor:
+        solve = gauss_newton_solve.conjugate_gradients
+        return solve(lambda x: [a @ x[0]], u, mu=0.1, iterations=iterations, first=first)[0]
+
+    def above(x: Tensor) -> float:
+        return float(0.5 * x @ (a @ x + 0.1 * x) - u[0] @ x)
+
+    begun = solved(0, last)
+    assert all(above(begun) < above(begun * factor) for factor in (0.99, 1.01))
+    torch.testing.assert_close(begun / begun[0], last[0] / last[0][0])
+    torch.testing.assert_close(solved(2, last), torch.linalg.solve(a + 0.1 * torch.eye(2), u[0]))
 
 
 def test_the_mixed_candidate_is_the_library_rule() -> None:
