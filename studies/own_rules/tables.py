@@ -1,6 +1,7 @@
 """Tables of the pages, as Markdown, from the records of comparisons.
 
     python studies/own_rules/tables.py [--baseline NAME] [--at STEPS] results/comparisons/half-million [...]
+    python studies/own_rules/tables.py --search results/searches/half-million [...]
     python studies/own_rules/tables.py --write docs/research.md [...]
 
 For every contender: mean end loss and standard deviation over seeds at each budget, the difference at the
@@ -8,7 +9,8 @@ largest with its 90% interval, and the speed-up over the baseline at equal loss 
 seconds, as ``sophia compare`` computes them (docs/report.md). Processor seconds, not those of the clock: the
 runs were made beside other work. What lies beyond the baseline's budgets is given as a bound. With
 ``--baseline`` another contender is the mark; with ``--at`` differences and speed-ups are those at fewer steps
-than the largest budget, read off the baseline's whole curve.
+than the largest budget, read off the baseline's whole curve. With ``--search`` the folders are those of
+sweeps: trials of each contender, their best and their worst end loss, the best contender first.
 
 A page says above a table which command made it, in a comment such as
 ``<!-- tables.py results/comparisons/quick -->``. ``--write`` makes all such tables of a page again, and below
@@ -17,9 +19,10 @@ changes.
 """
 
 import argparse
+import math
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from sophia.lab.analysis.seed_noise import Estimate, contrast
 from sophia.lab.analysis.speedup import Ratio, speedup
 from sophia.lab.analysis.verdict import Summary, Verdict, judge
 from sophia.lab.analysis.verdict_words import difference_words, ratio_words
+from sophia.lab.support.json_lines import whole_lines
 
 
 def processor(summary: Summary, contender: str, ratio: Ratio | None) -> str:
@@ -119,6 +123,21 @@ MARKED = re.compile(
 )
 
 
+def search(folders: Iterable[Path]) -> Iterator[str]:
+    """Head, rule and a row for each contender of sweeps; one that is in several had the same trials there."""
+    losses: dict[str, dict[str, float]] = {}
+    for folder in folders:
+        for trial in whole_lines(folder / "trials.jsonl"):
+            found = math.inf if trial["loss"] is None else trial["loss"]
+            losses.setdefault(trial["contender"], {})[trial["run"]] = found
+    yield "| searched | trials | best loss | worst loss |"
+    yield "|---|---|---|---|"
+    for name, of_runs in sorted(losses.items(), key=lambda pair: min(pair[1].values())):
+        least, most = min(of_runs.values()), max(of_runs.values())
+        worst = "diverged" if math.isinf(most) else f"{most:.3f}"
+        yield f"| {name} | {len(of_runs)} | {least:.3f} | {worst} |"
+
+
 def table(folder: Path, baseline: str | None, at: int | None) -> str:
     """The rows, a line each, and what is to be said of runs of other numerics."""
     rows = "".join(line + "\n" for line in lines(folder, baseline, at) if line.startswith("|"))
@@ -131,8 +150,13 @@ def made_again(page: str, root: Path) -> str:
 
     def again(found: re.Match[str]) -> str:
         options = arguments().parse_args(shlex.split(found["command"]))
-        (folder,) = options.folders
-        return f"<!-- tables.py {found['command']} -->\n{table(root / folder, options.baseline, options.at)}"
+        folders = [root / folder for folder in options.folders]
+        made = (
+            "".join(line + "\n" for line in search(folders))
+            if options.search
+            else table(folders[0], options.baseline, options.at)
+        )
+        return f"<!-- tables.py {found['command']} -->\n{made}"
 
     return MARKED.sub(again, page)
 
@@ -145,13 +169,16 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--baseline")
     parser.add_argument("--at", type=int)
+    parser.add_argument("--search", action="store_true")
     parser.add_argument("--write", action="store_true")
     return parser
 
 
 if __name__ == "__main__":
     given = arguments().parse_args()
-    for path in given.folders:
+    if given.search:
+        print("\n".join(search(given.folders)))
+    for path in () if given.search else given.folders:
         if given.write:
             path.write_text(made_again(path.read_text(encoding="utf-8"), Path()), encoding="utf-8")
         else:

@@ -15,7 +15,7 @@ from sophia.lab.analysis.verdict import judge
 from sophia.lab.analysis.verdict_words import difference_words
 
 ROOT = Path(__file__).parents[2]
-HEAD = re.compile(r"(?m)^\| contender .*speed-up in steps")
+HEAD = re.compile(r"(?m)^\| contender .*speed-up in steps|^\| searched ")
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if HEAD.search(page.read_text("utf-8"))]
 
 
