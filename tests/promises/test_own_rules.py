@@ -17,7 +17,7 @@ from sophia.step.hidden_matrices import hidden_matrices
 from sophia.step.kernels import damped_blocks
 from sophia.step.rules import DAMPED, StepSettings
 from sophia.update_rule import corrected_gamma, damped_direction, polar, spectral_direction
-from tiny import GPT, data
+from tiny import GPT, data, trained
 
 
 def svd_direction(u):
@@ -154,13 +154,9 @@ def test_with_what_has_curvature_frozen_nothing_is_refreshed():
         for name, p in model.named_parameters():
             p.requires_grad = name.endswith("qkv.weight")
         optimizer = Sophia(model, lr=0.01, rule="spectral", mode=mode)
-        x, y = data()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for _ in range(12):
-                optimizer.zero_grad()
-                model(x, y)[1].backward()
-                optimizer.step()
+            trained(model, optimizer, steps=12)
         assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
         with pytest.raises(RuntimeError, match="nothing that trains here has curvature"):
             optimizer.hessian_pass().__enter__()

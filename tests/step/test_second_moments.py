@@ -15,7 +15,7 @@ from reference import array, give, noise_like
 from sophia import Sophia
 from sophia.diagnostics import advice
 from sophia.step.rules import FACTORED, WHITENED
-from tiny import GPT, data
+from tiny import GPT, data, trained
 
 HIDDEN = ("up.weight", "down.weight")
 
@@ -159,13 +159,9 @@ def test_nothing_is_refreshed_and_the_model_is_not_run():
     calls = []
     optimizer = Sophia(model, lr=0.01, rule="whitened")
     model.register_forward_hook(lambda *a: calls.append(1))
-    x, y = data()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(12):
-            optimizer.zero_grad()
-            model(x, y)[1].backward()
-            optimizer.step()
+        trained(model, optimizer, steps=12)
     assert len(calls) == 12
     stats = optimizer.stats()
     assert (stats["refreshes"], stats["has_curvature"], stats["own_rule"]) == (0.0, 0.0, 1.0)
