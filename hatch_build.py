@@ -1,4 +1,4 @@
-"""Compiles the fused CPU kernel into the wheel if there is a C compiler; without one the package is pure
+"""Compiles the CPU kernels into the wheel if there is a C compiler; without one the package is pure
 Python.
 
 Also runs by hand: ``python hatch_build.py`` puts the library beside its source, for an editable install.
@@ -19,8 +19,9 @@ try:
 except ImportError:  # run by hand
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
-SOURCE = Path(__file__).parent / "src" / "sophia" / "step" / "kernels" / "fused_cpu.c"
-LIBRARY = SOURCE.with_name("_fused_cpu.so")
+KERNELS = Path(__file__).parent / "src" / "sophia" / "step" / "kernels"
+SOURCES = (KERNELS / "fused_cpu.c", KERNELS / "matrices_cpu.c")
+LIBRARY = KERNELS / "_fused_cpu.so"
 FLAGS = (
     "-O3",
     "-std=gnu99",
@@ -43,7 +44,9 @@ def compile_kernel() -> str | None:
     # Into a temporary name: a library that is in use must not change under its process.
     unfinished = LIBRARY.with_suffix(f".{os.getpid()}")
     done = subprocess.run(
-        [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(unfinished), "-lm"], capture_output=True, text=True
+        [*compiler.split(), *FLAGS, *map(str, SOURCES), "-o", str(unfinished), "-lm"],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         return f"{compiler} failed: {done.stderr.strip()[-500:]}"
@@ -58,7 +61,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         """Compile, and mark the wheel as one for this platform; a failure only leaves the kernel out."""
         reason = compile_kernel()
         if reason is not None:
-            self.app.display_warning(f"without the fused CPU kernel: {reason}")
+            self.app.display_warning(f"without the compiled CPU kernels: {reason}")
             LIBRARY.unlink(missing_ok=True)
             return
         build_data["artifacts"].append(f"src/sophia/step/kernels/{LIBRARY.name}")

@@ -201,7 +201,7 @@ class Sophia(torch.optim.Optimizer):
             owners = owners_of(tensors) if tensors else []  # torch has words for no parameters
         if isinstance(params, Iterable) and not isinstance(params, (Tensor, Mapping, str)):
             params = list(params)
-        if gamma is not None and not any(rule.knows_curvature for rule in rules_of(params, by)):
+        if gamma is not None and not any(rule.has_curvature for rule in rules_of(params, by)):
             raise ValueError(
                 f"gamma={gamma!r} with rule={rule!r}: that rule has no curvature for gamma to scale, so it "
                 "would have no effect. Leave it out, or use rule='damped'"
@@ -668,7 +668,7 @@ class Sophia(torch.optim.Optimizer):
         for group in groups:
             beta2 = float(group["betas"][1])
             keys = self._keys("refresh", group)
-            for parameter in _divided_by_h(group):
+            for parameter in group["params"]:
                 if id(parameter) not in diagonals:
                     continue  # frozen: no state is made, and what there is stays
                 diagonal = diagonals[id(parameter)]  # None: the pass does not reach it, its estimate is zero
@@ -690,7 +690,7 @@ class Sophia(torch.optim.Optimizer):
             self._warn_once("stale", message)
 
     def _say_if_adamws(self, named: Mapping[str, Any]) -> None:
-        if not RULES[named.get("rule", "paper")].knows_curvature:
+        if not RULES[named.get("rule", "paper")].has_curvature:
             return  # its betas are Adam's
         if (message := adamws_betas_and_eps(named)) is not None:
             self._warn_once("adamw", message)
@@ -733,7 +733,7 @@ class Sophia(torch.optim.Optimizer):
         ranks = self._refresher.ranks(self._model, parameters) if all_ranks else None
         mine = {id(p) for p in parameters if ranks is None or ranks.answers_for(p)}
         held = [
-            (g, [self.state[p] for p in _divided_by_h(g) if id(p) in mine and self.state.get(p)])
+            (g, [self.state[p] for p in g["params"] if id(p) in mine and self.state.get(p)])
             for g in filter(_has_curvature, self.param_groups)
         ]
         groups = [
@@ -808,7 +808,7 @@ class Sophia(torch.optim.Optimizer):
 
     def _with_curvature(self) -> list[Tensor]:
         """What trains by a rule that divides by h."""
-        return [p for group in self.param_groups for p in _divided_by_h(group) if p.requires_grad]
+        return [p for g in filter(_has_curvature, self.param_groups) for p in g["params"] if p.requires_grad]
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
@@ -970,16 +970,12 @@ def _step_outside_of_graphs(work: Work) -> None:
 
 
 def _has_curvature(group: Mapping[str, Any]) -> bool:
-    return bool(_divided_by_h(group))
-
-
-def _divided_by_h(group: Mapping[str, Any]) -> list[Tensor]:
-    return RULES[group["rule"]].divided_by_h(group["params"])
+    return RULES[group["rule"]].has_curvature
 
 
 def _renews(group: Mapping[str, Any]) -> bool:
     """Whether something that trains has curvature."""
-    return any(p.requires_grad for p in _divided_by_h(group))
+    return _has_curvature(group) and any(p.requires_grad for p in group["params"])
 
 
 def _number(value: float | Tensor) -> float:

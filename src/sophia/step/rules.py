@@ -8,7 +8,7 @@ rule at all runs in ``kernels/single_tensor.py``, by its ``direction``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,17 +98,6 @@ class Rule:
         return self.statistics is None
 
     @property
-    def knows_curvature(self) -> bool:
-        """Whether it divides by h itself, or the rule that stands in for it does."""
-        return self.has_curvature or (self.otherwise is not None and self.otherwise.has_curvature)
-
-    def divided_by_h(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those of the tensors under this rule that have curvature."""
-        if self.has_curvature == self.knows_curvature:
-            return list(tensors) if self.has_curvature else []
-        return [tensor for tensor in tensors if self.moving(tensor).has_curvature]
-
-    @property
     def needs_model(self) -> bool:
         """Whether kinds of tensors are told apart."""
         return self.kind_scales is not None
@@ -130,9 +119,9 @@ def _damped(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tenso
 PAPER = Rule("paper", _clipped, betas=(0.96, 0.99), gamma=0.05, lr_over_adamw=0.5)
 """Algorithm 3 of arXiv 2305.14342v4, with the paper's values."""
 
-# Values of our own two and their scales: docs/research.md. AdamW, tuned with a rate for each kind, chose 1 to
-# 35, and its best single rate lies between the two; the damped rule chose 1 to 40 at widths 96 to 384. The lr
-# of both rules is of the size of AdamW's.
+# Values of our own rules and their scales: docs/research.md. AdamW, tuned with a rate for each kind, chose 1 to
+# 35, and its best single rate lies between the two; the damped rule chose 1 to 40 at widths 96 to 384. Its lr
+# is of the size of AdamW's, that of the rules without curvature some four times as large.
 DAMPED = Rule(
     "damped",
     _damped,
@@ -145,19 +134,6 @@ DAMPED = Rule(
 )
 """Clipped element by element above a floor of the tensor's own momentum."""
 
-SPECTRAL = Rule(
-    "spectral",
-    None,
-    betas=(0.9, 0.9),
-    gamma=0.2,
-    statistics=Equilibrated(power=1 / 4),
-    starts_corrected=True,
-    needs_whole=True,
-    kind_scales=(0.2, 1.0),
-    otherwise=DAMPED,
-)
-"""Singular values of hidden matrices bounded, whitened by the squares of their momentum."""
-
 FACTORED = Rule(
     "factored",
     None,
@@ -166,11 +142,28 @@ FACTORED = Rule(
     damping=1e-6,
     eps=1e-8,
     update_every=5,
+    lr_over_adamw=4.0,
     starts_corrected=True,
     needs_whole=True,
     kind_scales=(0.05, 1.0),
 )
 """Adam with a factored second moment, whole on the short side of a matrix."""
+
+SPECTRAL = Rule(
+    "spectral",
+    None,
+    betas=(0.9, 0.9),
+    statistics=Equilibrated(power=1 / 4),
+    damping=0.0,
+    eps=1e-8,
+    update_every=5,
+    lr_over_adamw=4.0,
+    starts_corrected=True,
+    needs_whole=True,
+    kind_scales=(0.2, 1.0),
+    otherwise=FACTORED,
+)
+"""Singular values of hidden matrices bounded, whitened by the squares of their momentum."""
 
 WHITENED = Rule(
     "whitened",
@@ -180,6 +173,7 @@ WHITENED = Rule(
     damping=1e-4,
     eps=1e-8,
     update_every=5,
+    lr_over_adamw=4.0,
     starts_corrected=True,
     needs_whole=True,
     kind_scales=(0.3, 1.0),

@@ -5,6 +5,7 @@ single_tensor      one tensor after another, by the rule itself: any rule, layou
 foreach            few passes over lists of dense tensors
 damped_blocks      the damped rule, dense tensors on a CPU
 fused_cpu          one pass, compiled, on a CPU; for the damped rule too
+matrices_cpu       the spectral rule's hidden matrices: compiled passes around products, on a CPU
 fused_cuda         one launch, in Triton, on a GPU; by fused=True alone
 average_curvature  the average of h
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor
+from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor
 from sophia.step.rules import Rule
 
 __all__ = ["choose"]
@@ -34,9 +35,13 @@ def choose(rule: Rule, group: Mapping[str, Any], lr: float | Tensor, row: tuple[
     As in torch, ``foreach`` and ``fused`` of the group are True (this path, where it can serve), False (never
     this path) or None (choose).
     """
-    if group["differentiable"] or not rule.has_curvature:
+    if group["differentiable"]:
         return single_tensor
     number = not isinstance(lr, Tensor)
+    if not rule.has_curvature:
+        compiled = number and group["fused"] is not False and group["foreach"] is None
+        serves = compiled and rule in matrices_cpu.IMPLEMENTED and matrices_cpu.applies(*row[:3])
+        return matrices_cpu if serves and not fused_cpu.unavailable() else single_tensor
     # Asked for every tensor at every step: the cheap conditions come first.
     if (
         rule in fused_cpu.IMPLEMENTED

@@ -25,12 +25,22 @@ from sophia.step.kernels import foreach
 from sophia.step.rounding import moved
 from sophia.step.rules import DAMPED, PAPER, StepSettings
 
-__all__ = ["IMPLEMENTED", "applies", "average", "averages", "step", "unavailable"]
+__all__ = [
+    "IMPLEMENTED",
+    "applies",
+    "average",
+    "averages",
+    "in_parts",
+    "library",
+    "step",
+    "threads_for",
+    "unavailable",
+]
 
 IMPLEMENTED = (PAPER, DAMPED)
 """Rules that this path knows."""
 
-_VERSION = 4  # of the interface, as in fused_cpu.c
+_VERSION = 5  # of the interface, as in fused_cpu.c
 _LEAST = 2**15  # elements that are worth a thread of their own
 _PIECE = 2**14  # elements that one thread does at a time, as in fused_cpu.c
 
@@ -80,7 +90,21 @@ def _library() -> ctypes.CDLL | str:
     library.sophia_sizes.restype = None
     library.sophia_average.argtypes = [pointer, pointer, count, key, number, number]
     library.sophia_average.restype = None
+    matrix, coefficients = [count] * 3, [number] * 2
+    library.sophia_matrix_squares.argtypes = [pointer, pointer, *matrix, *coefficients, pointer, pointer]
+    library.sophia_matrix_scaled.argtypes = [*[pointer] * 3, *matrix, *coefficients, pointer, pointer]
+    library.sophia_matrix_norms.argtypes = [pointer, *matrix, *[pointer] * 3]
+    library.sophia_matrix_move.argtypes = [pointer, pointer, *matrix, number, pointer, pointer]
+    for name in ("squares", "scaled", "norms", "move"):
+        getattr(library, f"sophia_matrix_{name}").restype = None
     return library
+
+
+def library() -> ctypes.CDLL:
+    """The compiled loops, where `unavailable` says nothing."""
+    loaded = _library()
+    assert not isinstance(loaded, str), loaded
+    return loaded
 
 
 def unavailable() -> str | None:
@@ -119,8 +143,7 @@ def step(
     """
     if not params:
         return
-    library = _library()
-    assert not isinstance(library, str), library
+    loops = library()
     dtype, kept = params[0].dtype, exp_avgs[0].dtype
     s = settings
     loop = _LOOPS[dtype, kept, s.stochastic and dtype == _BF16]
@@ -148,16 +171,16 @@ def step(
     if sizes is not None:
         size, floors = _addresses(sizes), array("d", bytes(8 * count))
         sums = array("d", bytes(8 * (total // _PIECE + count)))  # at most so many pieces
-        library.sophia_floors(loop, count, length, g, m, _start(size), _start(floors), where)
+        loops.sophia_floors(loop, count, length, g, m, _start(size), _start(floors), where)
 
     def part(begin: int, end: int) -> None:
-        library.sophia_step(
+        loops.sophia_step(
             loop, count, length, p, g, m, h, _start(noise), _start(floors), _start(sums), begin, end, where
         )
 
     _in_parts(part, total)
     if size is not None:
-        library.sophia_sizes(loop, count, length, _start(size), _start(sums), where)
+        loops.sophia_sizes(loop, count, length, _start(size), _start(sums), where)
     # The C loop is invisible to autograd: tell it that these have changed, as an in-place operation would.
     torch.autograd.graph.increment_version([*params, *exp_avgs])
 
@@ -193,25 +216,32 @@ def averages(hessian: Tensor, diagonal: Tensor | None) -> bool:
 
 def average(hessian: Tensor, diagonal: Tensor | None, *, beta2: float, key: int) -> None:
     """As ``curvature.average``, for h in bfloat16 where ``averages`` holds."""
-    library = _library()
-    assert not isinstance(library, str), library
+    loops = library()
     h, d = hessian.data_ptr(), 0 if diagonal is None else diagonal.data_ptr()
 
     def part(begin: int, end: int) -> None:
         where = d + 4 * begin if d else None
-        library.sophia_average(h + 2 * begin, where, end - begin, moved(key, begin), beta2, 1 - beta2)
+        loops.sophia_average(h + 2 * begin, where, end - begin, moved(key, begin), beta2, 1 - beta2)
 
     _in_parts(part, hessian.numel())
     torch.autograd.graph.increment_version([hessian])
 
 
 def _in_parts(part: Callable[[int, int], None], total: int) -> None:
-    """Call ``part(begin, end)`` for equal parts of [0, total), one a thread."""
-    threads = max(1, min(torch.get_num_threads(), total // _LEAST))
     # Multiples of a cache line in every dtype, so that no two threads write into one.
-    edges = [total * i // threads // 32 * 32 for i in range(threads)] + [total]
-    waiting = [_pool().submit(part, *edges[i : i + 2]) for i in range(1, threads)]
-    part(*edges[:2])
+    in_parts(lambda number, *edges: part(*edges), total, threads_for(total), multiple=32)
+
+
+def threads_for(elements: int) -> int:
+    """Threads that so many elements are worth."""
+    return max(1, min(torch.get_num_threads(), elements // _LEAST))
+
+
+def in_parts(part: Callable[[int, int, int], None], total: int, threads: int, *, multiple: int = 1) -> None:
+    """Call ``part(number, begin, end)`` for equal parts of [0, total), one a thread."""
+    edges = [total * i // threads // multiple * multiple for i in range(threads)] + [total]
+    waiting = [_pool().submit(part, i, *edges[i : i + 2]) for i in range(1, threads)]
+    part(0, *edges[:2])
     for future in waiting:
         future.result()
 
