@@ -42,7 +42,7 @@ HISTORY: Mapping[str, tuple[str, ...]] = {
         "5c3e163 whitened polar factor; what is no hidden matrix by the damped rule of the time",
         "74cf91d what is no hidden matrix: floor by the rms of the step before (2026-11-24)",
         "261c407 hidden matrices whitened by the squares of their momentum in place of h (2026-11-28)",
-        "b888aea what is no hidden matrix: factored second moment in place of h; another polar factor (2026-11-28)",
+        "b888aea what is no hidden matrix: by second moments, not h; another polar factor (2026-11-28)",
     ),
     "whitened": (
         "6c8a704 whitened polar factor; what is no hidden matrix by a factored second moment",

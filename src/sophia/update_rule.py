@@ -32,36 +32,33 @@ v1 wrote eta clip(m / max(h, eps), rho) = (eta rho) clip(m / max(rho h, rho eps)
 rho is our lr, its rho is our gamma. B is the number of predictions (tokens) averaged in the loss; h is stored
 already multiplied by it, so that gamma means the same at every batch size and there is no ``bs`` here.
 
-Two rules of our own stand beside the published one (``rule=`` of ``Sophia``; what they gain is measured in
-``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead::
+Three rules of our own stand beside the published one (``rule=`` of ``Sophia``; what they gain is measured in
+``docs/research.md``). With u = beta1 m + (1 - beta1) g, Nesterov's look-ahead, and m and h corrected for
+their start at zero, the one with curvature::
 
     damped     theta <- theta - lr s clip(u / max(gamma h, damping r, eps), 1)
-    spectral   theta <- theta - lr s D / rms(D),   D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
 
-Damped: r is the rms of the tensor's u. A coordinate whose momentum is far below its tensor's is moved by
-little, as a rare token's embedding should be between two of its occurrences; by the published rule it goes on
-at full lr, in a direction long out of date, until m has decayed below gamma h. r is that of the step before,
-as it changes little and that of the same step would take one more pass over memory. Spectral: the clip of
-Algorithm 3 bounds every entry of the step by 1, this one every singular value, so that directions shared by
-many coordinates, which a diagonal h cannot see, are bounded too; R and C are the mean squares of u over
-columns and rows, relative to their mean. It has h for what is no hidden matrix alone: in the place of R and C
-its means over columns and rows are no better, and dearer (docs/research.md). s is a number for the kind of
-tensor. In both, m and h are corrected for their start at zero.
+r is the rms of the tensor's u in the step before, as that of the same step would take one more pass over
+memory. A coordinate whose momentum is far below it is moved by little, as a rare token's embedding should be
+between two of its occurrences; by the published rule it goes on at full lr, in a direction long out of date,
+until m has decayed below gamma h. s is a number for the kind of tensor.
 
-A third has no curvature: it divides by second moments of the gradients themselves, and nothing is ever
-refreshed. For hidden matrices, and for other matrices (written for one whose short side are its rows)::
+The others divide by second moments of the gradients themselves, and nothing is ever refreshed: for hidden
+matrices (spectral, whitened), and for other matrices (factored), written for one whose short side are rows::
 
+    spectral   theta <- theta - lr s D / rms(D), D = R^-1/4 polar(R^-1/4 u C^-1/4) C^-1/4
     whitened   theta <- theta - lr s D / rms(D), D = P polar(P u C) C, P = Q (q / mean + damping)^-1/8 Q'
     factored   theta <- theta - lr s P m C, P = Q (v / mean + damping)^-1/2 Q', C = r^-1/2
 
-Q are the eigenvectors of M, the average of g g', a matrix of the short side's length, and q is the diagonal
-of Q' M Q. v is the average of the diagonals of Q' g g' Q, each with the Q of its own step: the eigenvalues of
-the gradients that M is made of are too far apart, and the smallest of them, which move most in the power of
-a half, too small. C is a scale for each place on the long side: the mean squares of this step's u there,
-likewise relative and to the power -1/8, or r, the average of the mean squares of g. So these are one second
-moment, factored: Shampoo's on the short side (Gupta et al., arXiv 1802.09568) or SOAP's (Vyas et al., arXiv
-2409.11321), Adafactor's on the long one (Shazeer and Stern, arXiv 1804.04235), around Muon's step or alone.
-Vectors are moved by Adam.
+The clip of Algorithm 3 bounds every entry of a step by 1, polar() every singular value, so that directions
+which many coordinates share are bounded too. R and C are the mean squares of u over columns and rows, over
+their mean. Q are the eigenvectors of M, the average of g g', a matrix of the short side's length, and q is the
+diagonal of Q' M Q. v is the average of the diagonals of Q' g g' Q, each with the Q of its own step: eigenvalues
+of the gradients that M is made of are too far apart, and the smallest, which move most in the power of a half,
+too small. Beside P, C is a scale for each place on the long side: the mean squares of this step's u there,
+over their mean, to the power -1/8, or r, the average of the mean squares of g. So these are one second moment,
+factored: Shampoo's on the short side (Gupta et al., 1802.09568) or SOAP's (Vyas et al., 2409.11321), and
+Adafactor's on the long one (Shazeer and Stern, 1804.04235). Vectors are moved by Adam.
 """
 
 from __future__ import annotations
@@ -103,9 +100,9 @@ POLAR = (
     (3.1124, -2.2431, 0.4509),
     (2.1895, -1.5672, 0.4079),
 )
-"""a, b, c of ``X <- (a + b X X^T + c (X X^T)^2) X`` in each iteration: after the four, singular values between
-0.005 and 1 are within 0.09 of 1. Each is the quintic nearest to 1 on what the last one leaves, as in Polar
-Express (Amsel et al., arXiv 2505.16932), of an X smaller by a fiftieth: rounding puts some beyond the largest.
+"""a, b, c of ``X <- (a + b X X^T + c (X X^T)^2) X`` in each iteration: after the four, singular values
+between 0.005 and 1 are within 0.1 of 1. Each is the quintic nearest to 1 on what the last one leaves, as in
+Polar Express (2505.16932), of an X smaller by a fiftieth: rounding puts some beyond the largest.
 """
 
 
@@ -333,7 +330,7 @@ def relative(values: Tensor, damping: float) -> Tensor:
 def polar(x: Tensor) -> Tensor:
     """Return a matrix with the singular vectors of x and all singular values near 1.
 
-    Newton-Schulz iteration with the quintics ``POLAR``: products of x with itself in place of a decomposition.
+    Newton-Schulz iteration with the quintics ``POLAR``: products of x with itself, no decomposition.
 
     >>> import torch
     >>> x = torch.diag(torch.tensor([3.0, -1.0]))
@@ -341,13 +338,11 @@ def polar(x: Tensor) -> Tensor:
     tensor(True)
     """
     y = short_side_first(unit_largest(x))
-    turned = y.size(0) != x.size(0)
-    # The Gram matrix's norm bounds the largest singular value's square better than the sum of all squares.
     y = y / torch.linalg.vector_norm(y @ y.T).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
     for a, b, c in POLAR:
         gram = y @ y.T
         y = a * y + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ y
-    return y.T if turned else y
+    return y if y.shape == x.shape else y.T
 
 
 def _of_rms_one(d: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ class Block(nn.Module):
 def test_polar_has_the_singular_vectors_and_values_near_one(shape):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     left, values, right = torch.linalg.svd(polar(x), full_matrices=False)
-    assert values.min() > 0.6
-    assert values.max() < 1.3
+    assert values.min() > 0.88
+    assert values.max() < 1.1
     exact = torch.linalg.svd(x, full_matrices=False)
     torch.testing.assert_close(left @ torch.diag(values) @ right, polar(x))
     # Same singular vectors: the polar factor in the basis of x is diagonal.
@@ -82,7 +82,7 @@ def test_the_spectral_step_is_that_of_a_decomposition():
     d, exact = array(spectral_direction(u, power=1 / 4)), svd_direction(array(u))
     assert np.sqrt((d**2).mean()) == pytest.approx(1)
     cosine = (d * exact).sum() / np.linalg.norm(d) / np.linalg.norm(exact)
-    assert cosine > 0.97  # the iteration leaves singular values within 0.7..1.2, the decomposition at 1
+    assert cosine > 0.98  # the iteration leaves singular values within 0.9..1.1, the decomposition at 1
 
 
 def test_it_is_steepest_for_its_norm():
@@ -111,18 +111,23 @@ def test_rows_that_are_large_in_all_of_the_momentum_move_less():
 def test_the_spectral_rule_keeps_no_more_than_the_momentum_of_hidden_matrices():
     """A second buffer that nothing reads, or a refresh that computes it."""
     model = Block()
-    optimizer = Sophia(model, lr=0.01, rule="spectral", mode="manual", estimator=Given())
-    set_curvature(optimizer, [torch.ones_like(p) for g in optimizer.param_groups for p in g["params"]])
-    give(list(model.parameters()), noise_like(list(model.parameters()), 0))
-    optimizer.step()
+    optimizer = Sophia(model, lr=0.01, rule="spectral")
+    x = torch.arange(11)[None]
+    for _ in range(3):
+        nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
     for name, p in model.named_parameters():
-        kept = set(optimizer.state[p])
-        assert kept == (
-            {"exp_avg"} if name in ("up.weight", "down.weight") else {"exp_avg", "hessian", "momentum_rms"}
+        matrix = {"steps", "second_moment", "basis", "basis_squares", "mean_squares"}
+        more = (
+            set()
+            if name in ("up.weight", "down.weight")
+            else matrix
+            if p.ndim == 2
+            else {"steps", "exp_avg_sq"}
         )
+        assert set(optimizer.state[p]) == {"exp_avg", *more}
     stats = optimizer.stats()
-    hidden = sum(p.numel() for p in (model.up.weight, model.down.weight))
-    assert stats["has_curvature"] == pytest.approx(1 - hidden / sum(p.numel() for p in model.parameters()))
+    assert (stats["has_curvature"], stats["refreshes"], stats["own_rule"]) == (0.0, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("rule", ["spectral", "whitened"])
@@ -153,7 +158,11 @@ def test_with_what_has_curvature_frozen_nothing_is_refreshed():
         model = GPT()
         for name, p in model.named_parameters():
             p.requires_grad = name.endswith("qkv.weight")
-        optimizer = Sophia(model, lr=0.01, rule="spectral", mode=mode)
+        groups = [
+            {"params": [p for p in model.parameters() if p.requires_grad], "rule": "spectral"},
+            {"params": [p for p in model.parameters() if not p.requires_grad]},
+        ]
+        optimizer = Sophia(groups, lr=0.01, model=model, mode=mode)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             trained(model, optimizer, steps=12)
@@ -172,15 +181,14 @@ def test_curvature_may_join_late(given):
     x, y = data()
     for number in range(14):
         if number == 3:
-            optimizer.add_param_group(
-                {"params": [p for p in model.parameters() if id(p) not in map(id, hidden)]}
-            )
+            others = [p for p in model.parameters() if id(p) not in map(id, hidden)]
+            optimizer.add_param_group({"params": others, "rule": "damped"})
         optimizer.zero_grad()
         model(x, y)[1].backward()
         optimizer.step()
     assert optimizer.stats()["refreshes"] > 0
     scales = {(group["rule"], group["scale"]) for group in optimizer.param_groups}
-    assert scales >= {("spectral", 0.2), ("damped", 1.0)}
+    assert scales >= {("spectral", 0.2), ("damped", 4.0)}
 
 
 def test_a_rule_with_curvature_that_is_set_late_says_what_to_call():
@@ -194,15 +202,16 @@ def test_a_rule_with_curvature_that_is_set_late_says_what_to_call():
         optimizer.step()
 
 
-def test_a_vector_in_a_group_of_the_spectral_rule_has_curvature():
-    """A group by hand that is not split: its bias would be divided by an h that nobody renews."""
+def test_a_vector_in_a_group_of_the_spectral_rule_is_moved_by_adam():
+    """A group by hand that is not split: its gain has no singular values."""
     model = Block()
     groups = [{"params": [model.up.weight, model.norm.weight], "rule": "spectral", "scale": 1.0}]
-    optimizer = Sophia(groups, lr=0.01, mode="manual", estimator=Given(lambda p: 7 * torch.ones_like(p)))
-    with optimizer.hessian_pass():
-        pass
-    assert "hessian" not in optimizer.state[model.up.weight]
-    torch.testing.assert_close(optimizer.state[model.norm.weight]["hessian"], 0.7 * torch.ones(6))
+    optimizer = Sophia(groups, lr=0.01, mode="manual", weight_decay=0.0)
+    before = model.norm.weight.detach().clone()
+    give([model.up.weight, model.norm.weight], noise_like([model.up.weight, model.norm.weight], 0))
+    optimizer.step()
+    torch.testing.assert_close((model.norm.weight - before).abs(), 0.01 * torch.ones(6))
+    assert set(optimizer.state[model.up.weight]) == {"exp_avg"}
 
 
 def test_damping_is_a_floor_relative_to_the_tensor():
@@ -224,9 +233,9 @@ def test_ten_steps_against_numpy(rule):
     torch.manual_seed(0)
     model = Block().double()
     before = {name: array(p) for name, p in model.named_parameters()}
-    optimizer = Sophia(
-        model, lr=0.01, rule=rule, mode="manual", estimator=Given(), update_every=4, weight_decay=0.1
-    )
+    curved = rule == "damped"
+    given = {"estimator": Given(), "update_every": 4} if curved else {}
+    optimizer = Sophia(model, lr=0.01, rule=rule, mode="manual", weight_decay=0.1, **given)
     beta1, beta2, gamma, damping = 0.9, 0.9, 0.2, 0.5
     named = dict(model.named_parameters())
     order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -235,7 +244,7 @@ def test_ten_steps_against_numpy(rule):
     h = {name: np.zeros_like(value) for name, value in before.items()}
     theta, refreshes, sizes = dict(before), 0, {}
     for step in range(10):
-        if step % 4 == 0:
+        if curved and step % 4 == 0:
             diagonals = [d.abs() for d in noise_like(order, 100 + step)]
             set_curvature(optimizer, diagonals)
             refreshes += 1
@@ -246,22 +255,24 @@ def test_ten_steps_against_numpy(rule):
         optimizer.step()
         for p, g in zip(order, gradients, strict=True):
             name, g = names[id(p)], array(g)
+            hidden = name in ("up.weight", "down.weight")
+            if not curved and not hidden:
+                continue  # by the factored rule, which test_second_moments.py has
             m[name] = beta1 * m[name] + (1 - beta1) * g
             # Nesterov's look-ahead, corrected as the average of one step more; h as an average of refreshes.
             u = (beta1 * m[name] + (1 - beta1) * g) / (1 - beta1 ** (step + 2))
-            curvature = h[name] / (1 - beta2**refreshes)
-            hidden = name in ("up.weight", "down.weight")
-            if hidden and rule == "spectral":
-                rounded = spectral_direction(torch.from_numpy(u), power=1 / 4)
-                direction = 0.2 * array(rounded)
+            if rule == "spectral":
+                direction = 0.2 * array(spectral_direction(torch.from_numpy(u), power=1 / 4))
             else:
                 # The floor is by the step before.
-                part = 0.1 if hidden else 4.0 if rule == "damped" else 1.0
+                part, curvature = 0.1 if hidden else 4.0, h[name] / (1 - beta2**refreshes)
                 direction = part * damped(u, curvature, gamma, damping, sizes.get(name))
                 sizes[name] = rms(u)
             decay = 0.0 if before[name].ndim < 2 else 0.1
             theta[name] = theta[name] * (1 - 0.01 * decay) - 0.01 * direction
     for name, p in named.items():
+        if not curved and name not in ("up.weight", "down.weight"):
+            continue
         np.testing.assert_allclose(array(p), theta[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
@@ -288,12 +299,12 @@ def test_hidden_tensors_that_are_no_matrices_move_as_far_as_the_matrices():
             self.inner, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)
 
     model = Stacked()
-    for rule, rest in (("damped", 4.0), ("spectral", 1.0)):
+    for rule, other, hidden, rest in (("damped", "damped", 0.1, 4.0), ("spectral", "factored", 0.05, 1.0)):
         optimizer = Sophia(model, rule=rule)
         found = {id(p): (g["rule"], g["scale"]) for g in optimizer.param_groups for p in g["params"]}
         assert found[id(model.inner.weight)] == (rule, 0.1 if rule == "damped" else 0.2)
-        assert {found[id(p)] for p in (model.kernel.weight, model.experts)} == {("damped", 0.1)}
-        assert {found[id(p)] for p in (model.kernel.bias, model.head.weight)} == {("damped", rest)}
+        assert {found[id(p)] for p in (model.kernel.weight, model.experts)} == {(other, hidden)}
+        assert {found[id(p)] for p in (model.kernel.bias, model.head.weight)} == {(other, rest)}
 
 
 def test_groups_of_the_user_are_split_and_keep_their_settings():
@@ -308,7 +319,7 @@ def test_groups_of_the_user_are_split_and_keep_their_settings():
     ]
     assert found == [
         ("spectral", 0.2, 0.02, 0.3, 2),
-        ("damped", 1.0, 0.02, 0.3, 2),
+        ("factored", 1.0, 0.02, 0.3, 2),
         ("paper", 1.0, 0.01, 0.1, 1),
     ]
     named = Sophia(model.named_parameters(), model=model, rule="spectral")
@@ -371,11 +382,17 @@ def test_a_real_model_learns_and_resumes_bit_for_bit(rule):
         assert torch.equal(p, q)
 
 
+def estimator_of(rule):
+    return {"estimator": Given(lambda p: 1e-9 * torch.ones_like(p))} if rule == "damped" else {}
+
+
 @pytest.mark.parametrize("rule", ["damped", "spectral"])
 def test_still_where_there_is_no_gradient(rule):
     model = Block()
-    optimizer = Sophia(model, lr=0.1, rule=rule, mode="manual", estimator=Given(), weight_decay=0.0)
-    set_curvature(optimizer, [1e-9 * torch.ones_like(p) for g in optimizer.param_groups for p in g["params"]])
+    optimizer = Sophia(model, lr=0.1, rule=rule, mode="manual", weight_decay=0.0, **estimator_of(rule))
+    if rule == "damped":
+        ones = [1e-9 * torch.ones_like(p) for g in optimizer.param_groups for p in g["params"]]
+        set_curvature(optimizer, ones)
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -397,9 +414,9 @@ def test_maximize_mirrors_and_half_precision_follows(rule):
             lr=0.01,
             rule=rule,
             mode="manual",
-            estimator=Given(lambda p: 1e-9 * torch.ones_like(p)),
             weight_decay=0.0,
             maximize=up,
+            **estimator_of(rule),
         )
         for m, up in zip(models, (False, True, False), strict=True)
     ]
@@ -407,8 +424,9 @@ def test_maximize_mirrors_and_half_precision_follows(rule):
     for model, optimizer in zip(models, made, strict=True):
         parameters = list(model.parameters())
         give(parameters, noise_like(parameters, 5))
-        with optimizer.hessian_pass():
-            pass
+        if rule == "damped":
+            with optimizer.hessian_pass():
+                pass
         optimizer.step()
     for p, down, up, half in zip(start, *(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p - down, up - p, atol=1e-6, rtol=1e-4)

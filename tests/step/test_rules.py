@@ -10,12 +10,12 @@ import torch
 
 from sophia import Sophia
 from sophia.step.groups import COUNTERS
-from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor
-from sophia.step.rules import DAMPED, PAPER, RULES, SPECTRAL, Rule, StepSettings
+from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor
+from sophia.step.rules import DAMPED, FACTORED, PAPER, RULES, SPECTRAL, Rule, StepSettings
 from tiny import GPT, trained
 
 IDENTITY = Rule("identity", lambda u, h, size, s: u, betas=(0.5, 0.9), gamma=1.0, lr_over_adamw=3.0)
-KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, single_tensor)
+KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_lr_from_adamw_is_the_rows(identity):
 
 def test_tensors_that_are_no_matrices_are_moved_by_the_stand_in():
     """A bias under the spectral rule, which has no singular values."""
-    assert SPECTRAL.moving(torch.zeros(3)) is DAMPED
+    assert SPECTRAL.moving(torch.zeros(3)) is FACTORED
     assert SPECTRAL.moving(torch.zeros(3, 4)) is SPECTRAL
     assert PAPER.moving(torch.zeros(3)) is PAPER
 
@@ -114,6 +114,7 @@ def test_kernels_name_rules_of_the_table():
         "foreach": (PAPER,),
         "fused_cpu": (PAPER, DAMPED),
         "fused_cuda": (PAPER,),
+        "matrices_cpu": (SPECTRAL,),
     }
 
 

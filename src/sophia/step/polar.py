@@ -1,15 +1,15 @@
-"""The polar factor of the matrix rules with fewer and cheaper products: on the short side of the matrix, and in
-bfloat16 where the machine multiplies that faster than float32.
+"""The polar factor of the matrix rules with fewer and cheaper products: on the short side of the matrix, and
+in bfloat16 where the machine multiplies that faster than float32.
 
-Every iteration is X <- p(X X^T) X, a polynomial of the square matrix G = X X^T. The polynomials commute, so that
-G <- p(G) G p(G) gives the next one's argument without X, and X itself is needed twice: for the first G, and for
-the product with the polynomials at the end. Two iterations at a time, of a x ra: (8 r + 20) a^3 multiplications
-and additions for the four against (16 r + 8) a^3, so 0.72 as many at r = 4 (the matrices of an MLP), 0.79 at
-r = 3 (query, key and value in one), and more at r = 1.
+Every iteration is X <- p(X X^T) X, a polynomial of the square matrix G = X X^T. The polynomials commute, so
+that G <- p(G) G p(G) gives the next one's argument without X, and X itself is needed twice: for the first G,
+and for the product with the polynomials at the end. With two iterations at a time, of a x ra, the four take
+(8 r + 20) a^3 multiplications and additions where (16 r + 8) a^3 would be: 0.72 at r = 4 (the matrices of an
+MLP), 0.79 at r = 3 (query, key and value in one), more at r = 1.
 
-Not four at a time: what is small in X is its square in G, below G's rounding in bfloat16, and grows by up to
-seventy in an iteration. After two iterations with X itself in between nothing of that is seen: errors of 2^-7,
-and small singular values as large as in float32 (tests/step/kernels/test_polar.py).
+Not four at a time: what is small in X is its square in G, below G's rounding in bfloat16, which grows by up
+to seventy in an iteration. With X itself in between, small singular values come out as from float32
+(tests/step/test_polar.py).
 """
 
 from __future__ import annotations

@@ -119,9 +119,9 @@ def _damped(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tenso
 PAPER = Rule("paper", _clipped, betas=(0.96, 0.99), gamma=0.05, lr_over_adamw=0.5)
 """Algorithm 3 of arXiv 2305.14342v4, with the paper's values."""
 
-# Values of our own rules and their scales: docs/research.md. AdamW, tuned with a rate for each kind, chose 1 to
-# 35, and its best single rate lies between the two; the damped rule chose 1 to 40 at widths 96 to 384. Its lr
-# is of the size of AdamW's, that of the rules without curvature some four times as large.
+# Values of our own rules and their scales: docs/research.md. AdamW, tuned with a rate for each kind, chose 1
+# to 35, and its best single rate lies between the two; the damped rule chose 1 to 40 at widths 96 to 384. Its
+# lr is of the size of AdamW's, that of the rules without curvature some four times as large.
 DAMPED = Rule(
     "damped",
     _damped,

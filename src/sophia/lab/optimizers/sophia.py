@@ -14,7 +14,7 @@ __all__ = [
     "DEFAULTS",
     "SPACE",
     "build",
-    "build_own_rule",
+    "build_damped",
     "build_without_curvature",
     "hessian_vector_cost",
     "sampled_cost",

@@ -92,7 +92,7 @@ def _library() -> ctypes.CDLL | str:
     library.sophia_average.restype = None
     matrix, coefficients = [count] * 3, [number] * 2
     library.sophia_matrix_squares.argtypes = [pointer, pointer, *matrix, *coefficients, pointer, pointer]
-    library.sophia_matrix_scaled.argtypes = [*[pointer] * 3, *matrix, *coefficients, pointer, pointer]
+    library.sophia_matrix_scaled.argtypes = [*[pointer] * 3, *matrix, *coefficients, number, pointer, pointer]
     library.sophia_matrix_norms.argtypes = [pointer, *matrix, *[pointer] * 3]
     library.sophia_matrix_move.argtypes = [pointer, pointer, *matrix, number, pointer, pointer]
     for name in ("squares", "scaled", "norms", "move"):

@@ -2,7 +2,7 @@
  * squares of its rows and columns; the scaled momentum in bfloat16, which the products take; and the move.
  *
  *     m <- b1 m + a g,   u = b1 m + a g:   rows_i = sum_j u_ij^2,   columns_j = sum_i u_ij^2
- *     y_ij = r_i u_ij c_j
+ *     y_ij = r_i (lift u_ij) c_j
  *     p_ij <- decay p_ij - r_i d_ij c_j
  *
  * p, g, m are float32, (rows, columns), contiguous; a call does the rows in [begin, end), so that threads can share
@@ -45,14 +45,16 @@ EXPORT void sophia_matrix_squares(float *m, const float *g, int64_t columns, int
 }
 
 CLONES static void scaled_row(bfloat16 *restrict y, const float *restrict m, const float *restrict g,
-                              const float *restrict c, int64_t n, float b1, float a, float r) {
-  for (int64_t j = 0; j < n; ++j) y[j] = nearest_bf16((b1 * m[j] + a * g[j]) * r * c[j], 0);
+                              const float *restrict c, int64_t n, float b1, float a, float r, float lift) {
+  for (int64_t j = 0; j < n; ++j) y[j] = nearest_bf16((b1 * m[j] + a * g[j]) * lift * r * c[j], 0);
 }
 
+/* lift: a power of two that brings u to a norm of about 1, first: r would leave the range of float32 with it. */
 EXPORT void sophia_matrix_scaled(bfloat16 *y, const float *m, const float *g, int64_t columns, int64_t begin,
-                                 int64_t end, double b1, double a, const float *r, const float *c) {
+                                 int64_t end, double b1, double a, double lift, const float *r, const float *c) {
   for (int64_t i = begin; i < end; ++i)
-    scaled_row(y + i * columns, m + i * columns, g + i * columns, c, columns, (float)b1, (float)a, r[i]);
+    scaled_row(y + i * columns, m + i * columns, g + i * columns, c, columns, (float)b1, (float)a, r[i],
+               (float)lift);
 }
 
 CLONES static double direction_squares(const bfloat16 *restrict d, const float *restrict c, int64_t n) {
