@@ -52,13 +52,13 @@ matrices (spectral, whitened), and for other matrices (factored), written for on
 
 The clip of Algorithm 3 bounds every entry of a step by 1, polar() every singular value, so that directions
 which many coordinates share are bounded too. R and C are the mean squares of u over columns and rows, over
-their mean. Q are the eigenvectors of M, the average of g g', a matrix of the short side's length, and q is the
-diagonal of Q' M Q. v is the average of the diagonals of Q' g g' Q, each with the Q of its own step: eigenvalues
-of the gradients that M is made of are too far apart, and the smallest, which move most in the power of a half,
-too small. Beside P, C is a scale for each place on the long side: the mean squares of this step's u there,
-over their mean, to the power -1/8, or r, the average of the mean squares of g. So these are one second moment,
-factored: Shampoo's on the short side (Gupta et al., 1802.09568) or SOAP's (Vyas et al., 2409.11321), and
-Adafactor's on the long one (Shazeer and Stern, 1804.04235). Vectors are moved by Adam.
+their mean. Q are the eigenvectors of M, the average of g g', a matrix of the short side's length, and q is
+the diagonal of Q' M Q. v is the average of the diagonals of Q' g g' Q, each with the Q of its own step:
+eigenvalues of the gradients that M is made of are too far apart, and the smallest, which move most in the
+power of a half, too small. Beside P, C is a scale for each place on the long side: the mean squares of this
+step's u there, over their mean, to the power -1/8, or r, the average of the mean squares of g. So these are
+one second moment, factored: Shampoo's on the short side (Gupta et al., 1802.09568) or SOAP's (Vyas et al.,
+2409.11321), and Adafactor's on the long one (Shazeer and Stern, 1804.04235). Vectors are moved by Adam.
 """
 
 from __future__ import annotations
@@ -337,7 +337,7 @@ def polar(x: Tensor) -> Tensor:
     >>> (polar(x).diagonal().abs() - 1).abs().max() < 0.1
     tensor(True)
     """
-    y = short_side_first(unit_largest(x))
+    y: Tensor = short_side_first(unit_largest(x))
     y = y / torch.linalg.vector_norm(y @ y.T).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
     for a, b, c in POLAR:
         gram = y @ y.T
