@@ -3,8 +3,8 @@
     # was: opt = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
     opt = Sophia.from_adamw({"lr": 6e-4, "weight_decay": 0.1}, model)
 
-That is half of AdamW's lr, right for the published rule; with ``rule="damped"`` or ``rule="spectral"`` it
-is the whole.
+That is half of AdamW's lr, right for the published rule; with ``rule="damped"`` it is the whole, with
+``rule="spectral"`` four times it.
 
 The equation is in ``sophia.update_rule``, the optimizer in ``sophia.optimizer``, the estimators in
 ``sophia.curvature``. The lab (``sophia.lab``, command ``sophia``) needs ``pip install 'torch-sophia[lab]'``.

@@ -75,23 +75,25 @@ class Sophia(torch.optim.Optimizer):
         model_or_params: the model (matrices are decayed, vectors are not), or parameters, groups or named
             parameters as for any optimizer of torch (decayed as there: all of a group).
         lr: the largest move of a coordinate in one step (decay aside), in the units of AdamW's: half of
-            AdamW's tuned value for the published rule, the whole for the other two (``from_adamw``).
+            AdamW's tuned value for the published rule, the whole for ``"damped"``; for the rules without
+            curvature, whose steps have a size in the mean, four times it (``from_adamw``).
         betas: decay of m a step, and of h a refresh, or of second moments a step. None: the paper's (0.96,
             0.99), (0.9, 0.9) for the other rules, (0.8, 0.95) for ``"factored"``.
         gamma: scale of h in the denominator; larger means fewer clipped coordinates. The official
-            repository calls it rho. None: 0.05, and 0.2 for the other rules.
+            repository calls it rho. None: 0.05, and 0.2 for ``"damped"``. Rules without curvature have none.
         eps: floor of the denominator ``gamma h``; above 0. None: 1e-12; 1e-8, Adam's, without curvature.
         weight_decay: decoupled, times lr.
         model: the module whose training forwards are recorded: the one that is really called and returns
             logits. None: of the modules that own the parameters, the outermost that is called in training.
-        rule: ``"paper"``: Algorithm 3, or one of our own with the same buffers (equations in
-            ``sophia.update_rule``, measurements in docs/research.md): ``"damped"``, element by element, or
-            ``"spectral"``, which bounds the singular values of the steps of hidden matrices and needs them
-            whole: no shards. ``"whitened"`` does that without curvature, from second moments of the gradients
-            (``"factored"`` moves what is no hidden matrix there): nothing is refreshed, docs/large-batch.md.
+        rule: ``"paper"``: Algorithm 3, or one of our own (equations in ``sophia.update_rule``, measurements
+            in docs/research.md): ``"damped"``, element by element with the same buffers; or without
+            curvature, from second moments of the gradients, so that nothing is refreshed: ``"spectral"`` and
+            ``"whitened"``, which bound the singular values of the steps of hidden matrices and need them
+            whole, no shards; ``"factored"`` moves what is no hidden matrix there.
         damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``. For
-            ``"whitened"`` what is added to eigenvalues, in units of their mean. None: the rule's own.
-        update_every: k, steps between two refreshes, or two decompositions for ``"whitened"``. None: 10; 5.
+            ``"whitened"`` and ``"factored"`` what is added to eigenvalues, in units of their mean. None: the
+            rule's own.
+        update_every: k, steps between two refreshes, or two decompositions without curvature. None: 10; 5.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
             at least one. The paper takes a half; an eighth trained no worse, at a quarter of the cost
             (``sophia experiment fraction``).
@@ -121,8 +123,9 @@ class Sophia(torch.optim.Optimizer):
 
     Two buffers a parameter, ``state[p]["exp_avg"]`` (m) and ``state[p]["hessian"]`` (h, already times the
     count B); for a tensor under the damped rule one number more, ``state[p]["momentum_rms"]``. A rule without
-    curvature has no h: beside m two square matrices of a matrix's short side, ``"second_moment"`` and its
-    eigenvectors, ``"basis"``, and what the rule keeps along them (docs/glossary.md).
+    curvature has no h: the spectral one has m alone; the others have beside it two square matrices of a
+    matrix's short side, ``"second_moment"`` and its eigenvectors, ``"basis"``, and what they keep along them
+    (docs/glossary.md).
 
     >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5))
     >>> opt = Sophia(model, lr=1e-2)
@@ -270,17 +273,18 @@ class Sophia(torch.optim.Optimizer):
 
         The product lr * weight_decay, which is what decays the weights, stays the same. Half of AdamW's tuned
         lr is where sweeps of 130M to 520M models found the published rule's (arXiv 2509.02046; there with
-        twice AdamW's warm-up); batches of a few thousand tokens may want a third. ``rule="damped"`` and
-        ``rule="spectral"`` take AdamW's lr as it is: so they were ahead of the AdamW itself without a search,
-        and a search went up from there (docs/research.md). AdamW's betas and eps mean something else and are
-        not taken over, and neither is its state.
+        twice AdamW's warm-up); batches of a few thousand tokens may want a third. ``rule="damped"`` takes
+        AdamW's lr as it is, the rules without curvature four times it: so they were ahead of the AdamW itself
+        without a search (docs/research.md). AdamW's betas and eps are not taken over, as they mean something
+        else or are that rule's own, and neither is its state.
 
         Args:
             source: the optimizer, whose groups are kept, or its arguments
                 (``{"lr": ..., "weight_decay": ...}``).
             model: the module that is called in the loop; without it that is found by the optimizer's
                 parameters.
-            lr_ratio: Sophia's lr over AdamW's. None: 0.5 for the published rule, 1 for the other two.
+            lr_ratio: Sophia's lr over AdamW's. None: 0.5 for the published rule, 1 for ``"damped"``, 4 for
+                the rules without curvature.
             **settings: any other argument of ``Sophia``, ``rule`` among them.
 
         >>> model = nn.Linear(3, 4)

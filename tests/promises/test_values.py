@@ -221,7 +221,7 @@ def test_what_none_stands_for():
     settings = ("betas", "gamma")
     model = nn.Linear(2, 2)
     assert [Sophia(model).defaults[n] for n in settings] == [(0.96, 0.99), 0.05]
-    assert [Sophia(model, rule="spectral").defaults[n] for n in settings] == [(0.9, 0.9), 0.2]
+    assert [Sophia(model, rule="damped").defaults[n] for n in settings] == [(0.9, 0.9), 0.2]
     assert Sophia(model, rule="damped", gamma=0.3, betas=(0.8, 0.7)).defaults["gamma"] == 0.3
 
 

@@ -125,7 +125,9 @@ class Factored:
         now = _renew(kept, seen, steps)
         # Of each step in the basis of its time, which knows that step's gradient hardly better than others.
         values = _averaged(kept["basis_squares"], along(now, kept["basis"]), seen)
-        root = inverse_power(values, kept["basis"], power=self.power, damping=seen.damping)
+        # Where no gradient ever is, as along the sum of a head's rows, m is its rounding alone.
+        damping = max(seen.damping, (2 * torch.finfo(kept["exp_avg"].dtype).eps) ** 2)
+        root = inverse_power(values, kept["basis"], power=self.power, damping=damping)
         r = _averaged(kept["mean_squares"], short_side_first(seen.g).square().mean(0), seen) / started
         return factored_direction(m, root.to(m.dtype), r.to(m.dtype), eps=seen.eps)
 

@@ -208,7 +208,9 @@ def test_rules_mapped_over_matrices_are_those_of_the_class(rule):
         optimizer.step()
         update(noise, step)
     found = torch.stack([torch.stack([p.detach().reshape(-1) for p in some]) for some in leaves])
-    torch.testing.assert_close(points, found, rtol=0, atol=1e-7)  # polar factors by another order of products
+    torch.testing.assert_close(
+        points, found, rtol=0, atol=1e-5
+    )  # polar factors of nearly singular matrices, by another order of products
     assert (points - start).abs().max() > 0.05
 
 

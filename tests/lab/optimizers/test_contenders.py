@@ -77,12 +77,12 @@ def test_the_state_has_the_size_that_the_row_says(name):
     elif name == "muon":  # its row speaks of the matrices that Muon itself does
         hidden = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n)
         assert state_bytes(optimizer.parts[0]) == hidden * row.state_per_parameter
-    elif name == "sophia-spectral":  # its row likewise; what is no hidden matrix has m and h, and one number
-        groups = {g["rule"]: g["params"] for g in optimizer.param_groups if g["weight_decay"]}
-        hidden = sum(p.numel() for p in groups["spectral"])
-        rest = sum(8 * p.numel() + 4 for p in model.parameters()) - 8 * hidden - 4 * len(groups["spectral"])
-        assert hidden > 3000
-        assert state_bytes(optimizer) == hidden * row.state_per_parameter + rest
+    elif name == "sophia-spectral":  # its row likewise; other matrices have two of the short side beside m
+        hidden = {id(p) for g in optimizer.param_groups if g["rule"] == "spectral" for p in g["params"]}
+        rest = [p for p in model.parameters() if id(p) not in hidden]
+        more = [2 * min(p.shape) ** 2 + sum(p.shape) + 1 if p.ndim == 2 else p.numel() + 1 for p in rest]
+        assert len(hidden) > 3
+        assert state_bytes(optimizer) == 4 * (parameter_count(model) + sum(more))
     elif name == "sophia-whitened":  # m, and two matrices of each short side: by shapes; its row has GPT-2's
         squares = sum(2 * min(p.shape) ** 2 for p in model.parameters() if p.ndim == 2)
         assert 1 <= state_bytes(optimizer) / 4 / (parameter_count(model) + squares) < 1.1
