@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import stdev
@@ -27,9 +27,10 @@ from sophia.lab.experiments.framework.mean_interval import mean_interval
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.lab.support.json_lines import append_line, whole_lines
 from sophia.lab.training import loop
+from sophia.step import second_moments
 from sophia.step.polar import polar_of
-from sophia.step.rules import DAMPED, RULES, SPECTRAL, Rule, StepSettings
-from sophia.step.second_moments import Equilibrated, Moment
+from sophia.step.rules import FACTORED, RULES, SPECTRAL, Rule, StepSettings
+from sophia.step.second_moments import Equilibrated, Factored, Moment
 from sophia.update_rule import look_ahead, rms, spectral_direction
 
 
@@ -44,6 +45,21 @@ class Without(Equilibrated):
         u = look_ahead(seen.m, seen.g, beta1=seen.beta1) if self.ahead else seen.m
         fast = polar_of if self.orthogonalised else lambda x: x
         return spectral_direction(u, power=self.power, polar_of=fast)
+
+
+class EveryEntry(Factored):
+    """Adam: a second moment for every entry of a matrix too."""
+
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        return {"steps": (), "exp_avg_sq": tuple(shape)}
+
+
+class RowsAndColumns(Factored):
+    """Adafactor's: on the short side a number for each place as well, along no eigenvectors."""
+
+    def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+        with mock.patch.object(second_moments, "eigenbasis", lambda moment: torch.eye(len(moment))):
+            return super().direction(kept, seen)
 
 
 def by_h(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) -> Tensor:
@@ -63,44 +79,46 @@ def by_permuted_h(u: Tensor, h: Tensor, size: Tensor | None, s: StepSettings) ->
 
 
 WITH_H = {"statistics": None, "looks_ahead": True}
+REST = replace(FACTORED, statistics=EveryEntry(power=1 / 2))
 
-
-# name: contender, settings put over the protocol's, the rule that stands in the table instead. A changed rule
+# name: contender, settings put over the protocol's, rules that stand in the table instead. A changed rule
 # is none of those that the faster paths know, so the plain path takes it.
-PARTS: dict[str, tuple[str, dict[str, Any], Rule | None]] = {
-    "spectral": ("sophia-spectral", {}, None),
-    "matrices whitened by h": ("sophia-spectral", {}, replace(SPECTRAL, direction=by_h, **WITH_H)),
+PARTS: dict[str, tuple[str, dict[str, Any], Sequence[Rule]]] = {
+    "spectral": ("sophia-spectral", {}, ()),
+    "matrices whitened by h": ("sophia-spectral", {}, [replace(SPECTRAL, direction=by_h, **WITH_H)]),
     "matrices whitened by h in wrong places": (
         "sophia-spectral",
         {},
-        replace(SPECTRAL, direction=by_permuted_h, **WITH_H),
+        [replace(SPECTRAL, direction=by_permuted_h, **WITH_H)],
     ),
-    "power 1/8": ("sophia-spectral", {}, replace(SPECTRAL, statistics=Without(power=1 / 8))),
-    "no whitening of the matrices": ("sophia-spectral", {}, replace(SPECTRAL, statistics=Without(power=0.0))),
+    "power 1/8": ("sophia-spectral", {}, [replace(SPECTRAL, statistics=Without(power=1 / 8))]),
+    "no whitening of the matrices": (
+        "sophia-spectral",
+        {},
+        [replace(SPECTRAL, statistics=Without(power=0.0))],
+    ),
     "no orthogonalisation": (
         "sophia-spectral",
         {},
-        replace(SPECTRAL, statistics=Without(power=1 / 4, orthogonalised=False)),
+        [replace(SPECTRAL, statistics=Without(power=1 / 4, orthogonalised=False))],
     ),
-    "no h outside the matrices": ("sophia-spectral", {"gamma": 1e-9}, None),
-    "no damping": ("sophia-spectral", {"damping": 0.0}, None),
-    "no look-ahead": (
+    "no look-ahead": ("sophia-spectral", {}, [replace(SPECTRAL, statistics=Without(1 / 4, ahead=False))]),
+    "rest: a second moment of every entry (Adam)": (
         "sophia-spectral",
         {},
-        replace(
-            SPECTRAL,
-            statistics=Without(power=1 / 4, ahead=False),
-            otherwise=replace(DAMPED, looks_ahead=False),
-        ),
+        [replace(SPECTRAL, otherwise=REST), REST],
     ),
-    "no correction of m and h": (
+    "rest: of rows and columns alone (Adafactor)": (
         "sophia-spectral",
         {},
-        replace(SPECTRAL, starts_corrected=False, otherwise=replace(DAMPED, starts_corrected=False)),
+        [
+            replace(SPECTRAL, otherwise=replace(REST, statistics=RowsAndColumns(power=1 / 2))),
+            replace(REST, statistics=RowsAndColumns(power=1 / 2)),
+        ],
     ),
-    "damped": ("sophia-damped", {}, None),
-    "damped, no damping": ("sophia-damped", {"damping": 0.0}, None),
-    "damped, no h": ("sophia-damped", {"gamma": 1e-9}, None),
+    "damped": ("sophia-damped", {}, ()),
+    "damped, no damping": ("sophia-damped", {"damping": 0.0}, ()),
+    "damped, no h": ("sophia-damped", {"gamma": 1e-9}, ()),
 }
 
 
@@ -129,7 +147,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
     ids = tokens.encode(text)
     done = {(row["part"], row["seed"], row["steps"]) for row in whole_lines(out)}
     for seed in protocol.seeds:
-        for part, (contender, settings, rule) in PARTS.items():
+        for part, (contender, settings, rules) in PARTS.items():
             if (part, seed, steps) in done:
                 continue
             run = protocol.run(
@@ -141,7 +159,7 @@ def main(protocol_file: Path, out: Path, steps: int) -> None:
             )
             named = replace(run.optimizer, settings={**run.optimizer.settings, **settings})
             run = replace(run, optimizer=named)
-            instead = {r.name: r for r in (rule, rule and rule.otherwise) if r is not None}
+            instead = {rule.name: rule for rule in rules}
             with tempfile.TemporaryDirectory() as folder, mock.patch.dict(RULES, instead):
                 result = loop.train(run, Path(folder), ids)
             row = {
