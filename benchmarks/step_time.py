@@ -76,23 +76,6 @@ def with_curvature(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return opt
 
 
-def own_rule(size: str, rule: str) -> torch.optim.Optimizer:
-    """One of our own rules: hidden matrices by it, the two tables and all vectors by the damped one."""
-    made = parameters(size)
-    hidden = [p for p in made[2:] if p.ndim == 2]
-    rest = [p for p in made if not any(p is q for q in hidden)]
-    groups = [{"params": hidden, "rule": rule, "scale": 0.2}, {"params": rest, "rule": "damped"}]
-    opt = Sophia(groups, betas=(0.9, 0.9), gamma=0.2, mode="manual", update_every=2**30)
-    return with_curvature(opt)
-
-
-def muon(size: str) -> torch.optim.Optimizer:
-    """Torch's Muon, which multiplies in bfloat16, for the hidden matrices alone: there is no step of the rest
-    in it.
-    """
-    return torch.optim.Muon([p for p in parameters(size)[2:] if p.ndim == 2])
-
-
 BF16 = torch.bfloat16
 METHODS = {
     "adamw fused (control)": lambda size: torch.optim.AdamW(parameters(size), fused=True),
@@ -108,8 +91,6 @@ METHODS = {
     "sophia, rule damped, foreach": lambda size: sophia(size, rule="damped", foreach=True),
     "sophia, foreach, bfloat16 m and h": lambda size: sophia(size, foreach=True, state_dtype=BF16),
     "sophia, tensor by tensor": lambda size: sophia(size, foreach=False),
-    "sophia, spectral rule": lambda size: own_rule(size, "spectral"),
-    "torch muon, hidden matrices alone": muon,
     "adamw foreach": lambda size: torch.optim.AdamW(parameters(size), foreach=True),
     "adamw for-loop": lambda size: torch.optim.AdamW(parameters(size), foreach=False, fused=False),
 }
