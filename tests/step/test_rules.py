@@ -10,12 +10,20 @@ import torch
 
 from sophia import Sophia
 from sophia.step.groups import COUNTERS
-from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor
-from sophia.step.rules import DAMPED, FACTORED, PAPER, RULES, SPECTRAL, Rule, StepSettings
+from sophia.step.kernels import (
+    damped_blocks,
+    foreach,
+    fused_cpu,
+    fused_cuda,
+    in_place,
+    matrices_cpu,
+    single_tensor,
+)
+from sophia.step.rules import DAMPED, FACTORED, PAPER, RULES, SPECTRAL, WHITENED, Rule, StepSettings
 from tiny import GPT, trained
 
 IDENTITY = Rule("identity", lambda u, h, size, s: u, betas=(0.5, 0.9), gamma=1.0, lr_over_adamw=3.0)
-KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor)
+KERNELS = (damped_blocks, foreach, fused_cpu, fused_cuda, in_place, matrices_cpu, single_tensor)
 
 
 @pytest.fixture
@@ -114,6 +122,7 @@ def test_kernels_name_rules_of_the_table():
         "foreach": (PAPER,),
         "fused_cpu": (PAPER, DAMPED),
         "fused_cuda": (PAPER,),
+        "in_place": (SPECTRAL, WHITENED, FACTORED),
         "matrices_cpu": (SPECTRAL,),
     }
 

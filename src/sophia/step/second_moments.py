@@ -118,10 +118,10 @@ class Factored:
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
         steps = _counted(kept)
-        started, m = 1 - seen.beta2**steps, seen.m / (1 - seen.beta1**steps)
+        started, m, of_m = 1 - seen.beta2**steps, seen.m, 1 - seen.beta1**steps
         if "exp_avg_sq" in kept:
             v = _averaged(kept["exp_avg_sq"], seen.g.square(), seen)
-            return m / ((v / started).to(m.dtype).sqrt() + seen.eps)
+            return m / of_m / ((v / started).to(m.dtype).sqrt() + seen.eps)
         now = _renew(kept, seen, steps)
         # Of each step in the basis of its time, which knows that step's gradient hardly better than others.
         values = _averaged(kept["basis_squares"], along(now, kept["basis"]), seen)
@@ -129,7 +129,8 @@ class Factored:
         damping = max(seen.damping, (2 * torch.finfo(kept["exp_avg"].dtype).eps) ** 2)
         root = inverse_power(values, kept["basis"], power=self.power, damping=damping)
         r = _averaged(kept["mean_squares"], short_side_first(seen.g).square().mean(0), seen) / started
-        return factored_direction(m, root.to(m.dtype), r.to(m.dtype), eps=seen.eps)
+        # The correction of m in the small matrix, not in all of m.
+        return factored_direction(m, (root / of_m).to(m.dtype), r.to(m.dtype), eps=seen.eps)
 
 
 def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

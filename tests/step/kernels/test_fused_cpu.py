@@ -10,7 +10,7 @@ from torch import nn
 
 from sophia import Sophia
 from sophia.step import kernels
-from sophia.step.kernels import damped_blocks, foreach, fused_cpu, single_tensor
+from sophia.step.kernels import damped_blocks, foreach, fused_cpu, in_place, single_tensor
 from sophia.step.rules import PAPER, RULES, StepSettings
 
 needs_it = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason=str(fused_cpu.unavailable()))
@@ -92,7 +92,9 @@ CHOICES = [
         single_tensor,
     ),
     ({"rule": "damped"}, 0.1, LARGE_TURNED, fused_cpu, damped_blocks),
-    ({"rule": "spectral"}, 0.1, ROW, single_tensor, single_tensor),
+    ({"rule": "spectral"}, 0.1, ROW, in_place, in_place),
+    ({"rule": "spectral", "foreach": False}, 0.1, ROW, single_tensor, single_tensor),
+    ({"rule": "whitened"}, 0.1, (*ROW[:2], ROW[2].bfloat16(), {}), single_tensor, single_tensor),
     ({"fused": True}, 0.1, ROW, fused_cpu, foreach),
     ({"fused": False}, 0.1, ROW, foreach, foreach),
     ({"foreach": True}, 0.1, ROW, foreach, foreach),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sophia.step import polar
-from sophia.step.kernels import choose, fused_cpu, matrices_cpu, single_tensor
+from sophia.step.kernels import choose, fused_cpu, in_place, matrices_cpu, single_tensor
 from sophia.step.rules import SPECTRAL, StepSettings
 
 needs_it = pytest.mark.skipif(fused_cpu.unavailable() is not None, reason=str(fused_cpu.unavailable()))
@@ -73,18 +73,19 @@ def test_who_takes_this_path(monkeypatch):
     row = (*columns((4, 6)), {})
     assert choose(SPECTRAL, group, 0.1, row) is matrices_cpu
     others = [
-        ({"fused": False}, 0.1, row),
-        ({"foreach": False}, 0.1, row),
-        ({"differentiable": True}, 0.1, row),
-        ({}, torch.tensor(0.1), row),
-        ({}, 0.1, (*(t.double() for t in row[:3]), {})),
-        ({}, 0.1, (*(t.mT for t in row[:3]), {})),
-        ({}, 0.1, (row[0], row[1], row[2].bfloat16(), {})),
+        ({"fused": False}, 0.1, row, in_place),
+        ({"foreach": True}, 0.1, row, in_place),
+        ({"foreach": False}, 0.1, row, single_tensor),
+        ({"differentiable": True}, 0.1, row, single_tensor),
+        ({}, torch.tensor(0.1), row, single_tensor),
+        ({}, 0.1, (*(t.double() for t in row[:3]), {}), in_place),
+        ({}, 0.1, (*(t.mT for t in row[:3]), {}), in_place),
+        ({}, 0.1, (row[0], row[1], row[2].bfloat16(), {}), single_tensor),
     ]
-    for changed, lr, tensors in others:
-        assert choose(SPECTRAL, {**group, **changed}, lr, tensors) is single_tensor
+    for changed, lr, tensors, path in others:
+        assert choose(SPECTRAL, {**group, **changed}, lr, tensors) is path
     monkeypatch.setattr(matrices_cpu, "multiplies_bfloat16", lambda device: False)
-    assert choose(SPECTRAL, group, 0.1, row) is single_tensor
+    assert choose(SPECTRAL, group, 0.1, row) is in_place
 
 
 def test_the_answer_about_bfloat16_is_the_machines():

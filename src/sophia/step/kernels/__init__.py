@@ -6,6 +6,7 @@ foreach            few passes over lists of dense tensors
 damped_blocks      the damped rule, dense tensors on a CPU
 fused_cpu          one pass, compiled, on a CPU; for the damped rule too
 matrices_cpu       the spectral rule's hidden matrices: compiled passes around products, on a CPU
+in_place           rules without curvature, tensor by tensor, with fewer passes over memory
 fused_cuda         one launch, in Triton, on a GPU; by fused=True alone
 average_curvature  the average of h
 
@@ -22,7 +23,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia.step.kernels import damped_blocks, foreach, fused_cpu, fused_cuda, matrices_cpu, single_tensor
+from sophia.step.kernels import (
+    damped_blocks,
+    foreach,
+    fused_cpu,
+    fused_cuda,
+    in_place,
+    matrices_cpu,
+    single_tensor,
+)
 from sophia.step.rules import Rule
 
 __all__ = ["choose"]
@@ -39,9 +48,7 @@ def choose(rule: Rule, group: Mapping[str, Any], lr: float | Tensor, row: tuple[
         return single_tensor
     number = not isinstance(lr, Tensor)
     if not rule.has_curvature:
-        compiled = number and group["fused"] is not False and group["foreach"] is None
-        serves = compiled and rule in matrices_cpu.IMPLEMENTED and matrices_cpu.applies(*row[:3])
-        return matrices_cpu if serves and not fused_cpu.unavailable() else single_tensor
+        return _without_curvature(rule, group, row) if number else single_tensor
     # Asked for every tensor at every step: the cheap conditions come first.
     if (
         rule in fused_cpu.IMPLEMENTED
@@ -67,3 +74,12 @@ def choose(rule: Rule, group: Mapping[str, Any], lr: float | Tensor, row: tuple[
     if rule in damped_blocks.IMPLEMENTED and number and not group["maximize"] and damped_blocks.applies(*row):
         return damped_blocks
     return single_tensor
+
+
+def _without_curvature(rule: Rule, group: Mapping[str, Any], row: tuple[Any, ...]) -> ModuleType:
+    if rule not in in_place.IMPLEMENTED or group["foreach"] is False or not in_place.applies(*row[:3]):
+        return single_tensor
+    asked = group["fused"] is not False and group["foreach"] is None
+    if not asked or rule not in matrices_cpu.IMPLEMENTED or not matrices_cpu.applies(*row[:3]):
+        return in_place
+    return in_place if fused_cpu.unavailable() else matrices_cpu
