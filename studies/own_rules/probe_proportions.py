@@ -10,17 +10,21 @@ file is not made again.
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from probe_ideas import Made, nothing, rule, trained
+import torch
 from torch import nn
 
+from sophia.lab.config import schedules
 from sophia.lab.config.run import Data
 from sophia.lab.data import corpus, tokens, vocabulary
-from sophia.lab.optimizers import adamw, adamw_apart
+from sophia.lab.models import build
+from sophia.lab.optimizers import adamw, adamw_apart, table
 from sophia.lab.protocols import protocol_file as protocol_files
 from sophia.lab.support import provenance
 from sophia.lab.support.json_lines import append_line, whole_lines
@@ -85,21 +89,47 @@ POINTS: dict[int, list[tuple[str, float, float]]] = {
 }
 
 
-def made(contender: str, rest: float, hidden: float) -> Callable[..., Made]:
+def made(contender: str, rest: float, hidden: float) -> Callable[..., torch.optim.Optimizer]:
     """The contender with these two rates; those of Sophia count a step of rms or bound 1."""
 
-    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> Made:
+    def make(model: nn.Module, s: Mapping[str, Any], seed: int) -> torch.optim.Optimizer:
         if contender == "adamw":
-            return adamw.build(model, {**s, "lr": rest}, seed), nothing
+            return adamw.build(model, {**s, "lr": rest}, seed)
         if contender == "adamw-apart":
-            return adamw_apart.build(model, {**s, "lr": rest, "matrix_lr": hidden}, seed), nothing
-        optimizer = rule(model, {**s, "lr": rest}, seed)
+            return adamw_apart.build(model, {**s, "lr": rest, "matrix_lr": hidden}, seed)
+        row = table.find(contender)
+        optimizer = row.build(model, row.settings({**s, "lr": rest}), seed)
         scales = {group["scale"] for group in optimizer.param_groups}
         for group in optimizer.param_groups:
             group["scale"] = hidden / rest if group["scale"] == min(scales) else 1.0
-        return optimizer, nothing
+        return optimizer
 
     return make
+
+
+def trained(config: Any, make: Callable[..., torch.optim.Optimizer], ids: Any) -> tuple[float, float]:
+    """Train as ``config`` says with what ``make`` gives; return held-out loss and processor seconds."""
+    context, began = config.model.context, time.process_time()
+    torch.set_num_threads(config.threads)
+    model = build.build(config.model, seed=config.seed)
+    parameters = list(model.parameters())
+    optimizer = make(model, config.optimizer.settings, config.seed)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for step in range(config.steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedules.factor(config.schedule, step, steps=config.steps)
+        batch = ids.batch(seed=config.seed, step=step, size=config.batch, context=context)
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.process_time() - began
+    held_out, _ = ids.held_out(sequences=config.evaluation.sequences, context=context)
+    model.eval()
+    with torch.no_grad():
+        parts = held_out.split(64)
+        loss = sum(float(model(input_ids=x, labels=x).loss) * len(x) for x in parts) / len(held_out)
+    return round(loss, 5), round(seconds, 1)
 
 
 def main(protocol_file: Path, out: Path, widths: list[int]) -> None:

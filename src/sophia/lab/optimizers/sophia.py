@@ -1,4 +1,4 @@
-"""Sophia: the published rule with each estimator, and the two rules of our own."""
+"""Sophia: the published rule with each estimator, and rules of our own."""
 
 from __future__ import annotations
 
