@@ -229,7 +229,7 @@ def draw(record: Path, picture: Path) -> None:
     ax.axhline(1, color="#bbbbbb", lw=0.8)
     ax.set_title("Rows of tokens not seen for ten steps: part of the\nsquared step over part of the rows")
     ax.set(xlabel="steps", yscale="log")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 0.8), ncols=2)
 
     ax = axes[1][1]
     last = [r for r in rows if r["kind"] == "noise"]
