@@ -62,15 +62,9 @@ def parameters(size: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.P
 def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.optim.Optimizer:
     """Sophia with an h of many orders of magnitude, so that some coordinates are clipped and some are not."""
     made = torch.nn.ParameterList(parameters(size, dtype))
-    return with_curvature(Sophia(made, mode="manual", update_every=2**30, **settings))
-
-
-def with_curvature(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """After a step, with such an h where the rule has one."""
+    opt = Sophia(made, mode="manual", update_every=2**30, **settings)
     opt.step()
     for state in opt.state.values():
-        if "hessian" not in state:
-            continue
         noise = torch.randn_like(state["hessian"], dtype=torch.float32)
         state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
     return opt

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sophia.step.kernels import fused_cpu
+from sophia.step.kernels import fused_cpu, in_place
 from sophia.step.polar import iterated, multiplies_bfloat16
 from sophia.step.rules import SPECTRAL, StepSettings
 from sophia.step.second_moments import Equilibrated
@@ -25,15 +25,12 @@ __all__ = ["IMPLEMENTED", "applies", "step"]
 IMPLEMENTED = (SPECTRAL,)
 """Rules that this path knows."""
 
-_PLAIN = (torch.nn.Parameter, Tensor)  # a subclass may mean something else by its memory
-
 
 def applies(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
     """Whether these are plain matrices of float32, row by row in the memory of a CPU with such products."""
-    return multiplies_bfloat16(param.device) and all(
-        t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() and type(t) in _PLAIN
-        for t in (param, grad, exp_avg)
-    )
+    if not multiplies_bfloat16(param.device) or not in_place.applies(param, grad, exp_avg):
+        return False
+    return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in (param, grad, exp_avg))
 
 
 def step(
