@@ -8,12 +8,27 @@ from sophia.lab.experiments.framework import runner
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.jobs import evaluate
+from sophia.lab.optimizers.table import CONTENDERS
+from sophia.numerics import VERSIONS
 
 RESULTS = Path(__file__).parents[3] / "results" / "experiments"
 
 
 class Asked(Exception):
     """A case that would be run."""
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the records are not in the source distribution")
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_an_experiment_says_whose_numbers_its_rows_hold(name):
+    """A contender whose numbers change, in a record that does not say so."""
+    experiment = experiments.find(name)
+    used = {row.case.get("contender") for row in Records(RESULTS / name).rows}
+    if name == "stability":
+        used -= {"sophia-g"}  # its own: the ablated one, with labels drawn singly
+    known = [row for row in CONTENDERS.values() if row.name in used]
+    assert {part for row in known for part in row.parts} <= set(experiment.parts)
+    assert set(experiment.parts) <= set(VERSIONS)
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the records are not in the source distribution")

@@ -51,7 +51,7 @@ class Experiment:
     def _one(self, console: Console, experiment: Described, command: str) -> None:
         from rich.markup import escape
 
-        from sophia.lab.experiments.framework import runner
+        from sophia.lab.experiments.framework import older_numerics, runner
         from sophia.lab.experiments.framework.progress import Bar
         from sophia.lab.experiments.framework.records import Records
         from sophia.lab.support.errors import Stopped
@@ -80,6 +80,8 @@ class Experiment:
             verdict = experiment.verdict(records)
             word = f"{verdict.word} (quick: means nothing)" if self.quick else verdict.word
             console.print(f"Verdict: [bold]{word}[/bold]. {verdict.sentence}", highlight=False)
+        if said := older_numerics.notice(experiment, records):
+            console.print(said, highlight=False, markup=False)
         console.print(f"Records: {records.folder}   Picture: {picture}", highlight=False, soft_wrap=True)
 
 

@@ -210,5 +210,6 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "paper"),
     needs={evaluate.MODULE: "eval"},
 )

@@ -266,4 +266,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "gnb_single", "paper"),
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sophia.lab.analysis.made_by import other_code
 from sophia.lab.analysis.read_records import read_evidence
 from sophia.lab.analysis.seed_noise import Estimate, contrast, noise_by_budget
 from sophia.lab.analysis.speedup import Ratio, curve_of, speedup
@@ -24,6 +25,7 @@ from sophia.lab.experiments.framework.records import Records
 from sophia.lab.protocols import freeze, plan, protocol_file
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.dataclass_json import to_json
+from sophia.lab.support.errors import LabError
 from sophia.lab.support.toml_files import packaged
 from sophia.lab.training.loop import Progress as Trained
 from sophia.lab.training.loop import train
@@ -79,8 +81,12 @@ def run(quick: bool, records: Records, progress: Progress) -> None:
 
 
 def _read(records: Records, size: str, folder: Path) -> None:
-    """A row for each end of a comparison; none if a run of it has not ended."""
+    """A row for each end of a comparison; none if a run of it has not ended. Raises ``LabError`` for runs of
+    other numbers than today's, whose rows would pass for today's.
+    """
     runs = read_evidence(folder).runs
+    if said := other_code(runs):
+        raise LabError(f"{folder}: {said}. Move that folder away, and the comparison is made again.")
     if all(r.status in ("finished", "diverged") for r in runs):
         for r in runs:
             records.add(
@@ -347,4 +353,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "hutchinson", "paper"),
 )

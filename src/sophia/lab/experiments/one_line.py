@@ -274,4 +274,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "paper"),
 )

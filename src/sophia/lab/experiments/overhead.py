@@ -260,4 +260,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "hutchinson", "paper"),
 )

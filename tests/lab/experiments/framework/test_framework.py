@@ -7,9 +7,12 @@ import signal
 import pytest
 from matplotlib.figure import Figure
 
+from sophia import numerics
 from sophia.lab import cli, experiments
 from sophia.lab.experiments.framework import runner
+from sophia.lab.experiments.framework.claims_page import page
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
+from sophia.lab.experiments.framework.older_numerics import notice
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.support.errors import LabError, Stopped, UsageError
@@ -73,6 +76,36 @@ def test_a_line_that_a_kill_cut_short_is_done_again(tmp_path):
     path.write_bytes(whole[:-9])
     runner.run(EXAMPLE, tmp_path, Progress())
     assert path.read_bytes() == whole
+
+
+def test_rows_of_other_numbers_are_not_mixed(tmp_path, monkeypatch):
+    """Half a record by yesterday's estimator, half by today's, under one verdict."""
+    example = dataclasses.replace(EXAMPLE, parts=("gnb",))
+    with pytest.raises(Stopped):
+        runner.run(example, tmp_path, StopAt(2))
+    before = (tmp_path / "squares" / "records.jsonl").read_bytes()
+    monkeypatch.setitem(numerics.VERSIONS, "gnb", numerics.VERSIONS["gnb"] + 1)
+    with pytest.raises(LabError, match=r"other numbers .*gnb 3, today 4.*--out"):
+        runner.run(example, tmp_path, Progress())
+    assert (tmp_path / "squares" / "records.jsonl").read_bytes() == before
+
+
+def test_a_record_of_other_numbers_says_so(tmp_path, monkeypatch, capsys):
+    """A verdict about code that is gone, read as one about today's."""
+    example = dataclasses.replace(EXAMPLE, claims=(1,), parts=("gnb", "paper"))
+    records = runner.run(example, tmp_path, Progress())
+    assert not notice(example, records)
+    monkeypatch.setitem(numerics.VERSIONS, "gnb", 4)
+    assert "gnb 3, today 4" in notice(example, records)
+    assert "gnb 3, today 4" in page([example], tmp_path, link=".")
+    about = records.about
+    for environment in about["environments"]:
+        del environment["numerics"]  # as before they were noted
+    (tmp_path / "squares" / "about.json").write_text(json.dumps(about))
+    assert "(gnb unknown, today 4)" in notice(example, records)
+    monkeypatch.setattr(experiments, "find", lambda name: example)
+    cli.main(["experiment", "squares", "--redraw", "--out", str(tmp_path)])
+    assert "gnb unknown, today 4" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

@@ -312,4 +312,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("hutchinson", "paper", "spectral", "whitened"),
 )

@@ -262,4 +262,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "gnb_single", "hutchinson", "paper"),
 )

@@ -310,5 +310,6 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("spectral",),
     version=3,
 )

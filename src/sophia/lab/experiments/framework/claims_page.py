@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sophia.lab.experiments.framework.claims import CLAIMS, Claim
 from sophia.lab.experiments.framework.definition import Experiment
+from sophia.lab.experiments.framework.older_numerics import notice
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.experiments.framework.runner import folder_of
 
@@ -94,6 +95,8 @@ def _full(experiment: Experiment, records: Path, link: str) -> str:
     parts.append(
         f"*Record.* [{len(found.rows)} rows]({folder}/records.jsonl): {experiment.record} Run on {where}.\n"
     )
+    if said := notice(experiment, found):
+        parts.append(f"**Older numerics.** {said}\n")
     return "\n".join(parts)
 
 

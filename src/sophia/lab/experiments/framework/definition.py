@@ -67,5 +67,7 @@ class Experiment:
     """What finished records say."""
     needs: Mapping[str, str] = field(default_factory=dict)
     """Modules beyond the lab's without which it cannot run, and the extra that brings each."""
+    parts: tuple[str, ...] = ()
+    """The parts of Sophia whose numbers its rows hold, as in ``sophia.numerics``."""
     version: int = 1
-    """Raise it when the numbers change: rows of two versions are not mixed."""
+    """Raise it when the experiment's own numbers change: rows of two versions are not mixed."""

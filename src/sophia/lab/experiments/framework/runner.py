@@ -8,12 +8,14 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from sophia.lab.experiments.framework.definition import Experiment
+from sophia.lab.experiments.framework.older_numerics import notice
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
 from sophia.lab.report.loss_curves import STYLE
-from sophia.lab.support.errors import UsageError
+from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.files import locked
 from sophia.lab.support.provenance import describe
+from sophia.numerics import versions, words
 
 __all__ = ["RESULTS", "draw", "folder_of", "run"]
 
@@ -34,11 +36,19 @@ def run(experiment: Experiment, out: Path, progress: Progress, *, quick: bool = 
     folder = folder_of(experiment.name, out, quick=quick)
     with locked(folder, what="records of the experiment"):
         records = Records(folder)
+        if not records.finished and (said := notice(experiment, records)):
+            raise LabError(
+                f"{folder}: {said} New rows would mix with them. Move that folder away, or give another one "
+                "with --out."
+            )
         records.open(
             experiment.name,
             version=experiment.version,
             quick=quick,
-            environment=describe(threads=1, device="cpu"),
+            environment={
+                **describe(threads=1, device="cpu"),
+                "numerics": words(versions(*experiment.parts), ones=True),
+            },
         )
         experiment.run(quick, records, progress)
         records.finish()

@@ -192,4 +192,5 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "paper", "damped", "spectral", "whitened"),
 )

@@ -218,5 +218,6 @@ EXPERIMENT = Experiment(
     run=run,
     draw=draw,
     verdict=verdict,
+    parts=("gnb", "gnb_single", "damped"),
     version=2,
 )
