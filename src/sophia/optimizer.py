@@ -91,8 +91,8 @@ class Sophia(torch.optim.Optimizer):
             ``"whitened"``, which bound the singular values of the steps of hidden matrices and need them
             whole, no shards; ``"factored"`` moves what is no hidden matrix there.
         damping: floor of ``gamma h`` in units of the rms of the tensor's momentum; not for ``"paper"``. For
-            ``"whitened"`` and ``"factored"`` what is added to eigenvalues, in units of their mean. None: the
-            rule's own.
+            ``"whitened"`` and ``"factored"`` (which moves the rest under ``"spectral"`` too) what is added to
+            eigenvalues, in units of their mean, at most 0.1. None: the rule's own.
         update_every: k, steps between two refreshes, or two decompositions without curvature. None: 10; 5.
         fraction: share of the micro-batches (of the rows, if there is one micro-batch) that a refresh uses,
             at least one. The paper takes a half; an eighth trained no worse, at a quarter of the cost

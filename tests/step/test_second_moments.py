@@ -265,11 +265,14 @@ def test_a_group_may_change_its_rule():
         ({"capturable": True}, r"rule='whitened' decomposes matrices .* capturable=True"),
         ({"differentiable": True}, r"rule='whitened' decomposes matrices"),
         ({"update_every": 0}, r"update_every=0"),
+        # the damped rule's, in a script from when the spectral one had a curvature
+        ({"damping": 0.5}, r"damping=0.5 .* second moments .* rule='damped'.* at most 0.1"),
+        ({"rule": "spectral", "damping": 0.5}, r"damping=0.5 with rule='spectral'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
-        Sophia(GPT(), rule="whitened", **settings)
+        Sophia(GPT(), **{"rule": "whitened", **settings})
 
 
 def test_settings_that_are_not_given_are_each_rules_own():

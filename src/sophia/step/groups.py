@@ -137,6 +137,12 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
             "by lr alone. Give the group another lr, or another rule"
         )
     kept = RULES[group["rule"]].statistics
+    if kept is not None and group["damping"] > 0.1:
+        raise ValueError(
+            f"damping={group['damping']!r} with rule={group['rule']!r}: there it is added to second moments "
+            "in units of their mean, and so much would level most of them; the floor of a curvature, which "
+            "is of that size, is rule='damped'. Leave it out, or give at most 0.1"
+        )
     if kept is not None and kept.decomposes and (group["differentiable"] or group["capturable"]):
         raise RuntimeError(
             f"rule={group['rule']!r} decomposes matrices every few steps, which goes with neither "
