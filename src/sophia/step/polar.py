@@ -36,21 +36,21 @@ def polar_of(x: Tensor) -> Tensor:
 
 
 def iterated(y: Tensor) -> Tensor:
-    """The polar factor of y, (a, b) with a not above b, in its dtype; a tensor of zeros stays one.
+    """The polar factors of y, (..., a, b) with a not above b, in its dtype; a matrix of zeros stays one.
 
     In bfloat16 the squares of y and their sums must be well within its range.
     """
-    together = 2 if y.size(1) >= _LONG * y.size(0) else 1
+    together = 2 if y.size(-1) >= _LONG * y.size(-2) else 1
     for first in range(0, len(POLAR), together):
         y = _iterations(y, POLAR[first : first + together], scaled=first == 0)
     return y
 
 
 def _iterations(y: Tensor, iterations: Sequence[tuple[float, float, float]], *, scaled: bool) -> Tensor:
-    gram, scale = y @ y.T, None
+    gram, scale = y @ y.mT, None
     if scaled:
         wide = torch.promote_types(gram.dtype, torch.float32)
-        size = torch.linalg.vector_norm(gram, dtype=wide).clamp(min=1e-30)
+        size = torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-30)
         gram, scale = gram * (1 / size).to(y.dtype), (1 / size.sqrt()).to(y.dtype)
     last = product = _polynomial(gram, *iterations[0])
     for coefficients in iterations[1:]:
@@ -62,8 +62,9 @@ def _iterations(y: Tensor, iterations: Sequence[tuple[float, float, float]], *, 
 
 def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """``a + b G + c G^2``."""
-    value = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-    value.diagonal().add_(a)
+    times = torch.addmm if gram.ndim == 2 else torch.baddbmm
+    value = times(gram, gram, gram, beta=b, alpha=c)
+    value.diagonal(dim1=-2, dim2=-1).add_(a)
     return value
 
 

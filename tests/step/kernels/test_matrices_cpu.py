@@ -42,6 +42,26 @@ def test_it_is_the_rule_up_to_the_rounding_of_the_products(shape, threads, maxim
 
 
 @needs_it
+@pytest.mark.parametrize("most", [1, 2 * 24 * 96, 2**20])
+def test_together_they_move_as_each_does_alone(most, monkeypatch):
+    """A matrix scaled by the size of another, or its move given to a neighbour."""
+    monkeypatch.setattr(matrices_cpu, "_TOGETHER", most)
+    shapes = [(24, 96), (96, 24), (24, 96), (24, 24), (96, 24), (24, 96), (24, 96)]
+    rows = [columns(shape, size=10.0 ** (-4 * i), seed=i) for i, shape in enumerate(shapes)]
+    rows[2][1:] = [torch.zeros(24, 96), torch.zeros(24, 96)]
+    rows[5][1][3, 4] = float("nan")
+    moved = [[t.clone() for t in row] for row in rows]
+    matrices_cpu.step(*map(list, zip(*moved, strict=True)), [{}] * len(rows), SETTINGS)
+    for i, (row, (p, _, m)) in enumerate(zip(rows, moved, strict=True)):
+        if i == 5:
+            assert p.isnan().all()
+            continue
+        alone, _, own_m = stepped(matrices_cpu, row)
+        assert torch.equal(m, own_m)
+        assert float((p - alone).norm()) <= 0.03 * float((alone - (1 - 0.1 * 0.2) * row[0]).norm())
+
+
+@needs_it
 @pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 2.0**50, 2.0**100])
 def test_the_size_of_the_momentum_does_not_matter(size):
     """Squares beyond float32 either way."""

@@ -9,7 +9,8 @@ theta               moves by lr, along R^-p d C^-p at the rms of one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ __all__ = ["IMPLEMENTED", "applies", "step"]
 
 IMPLEMENTED = (SPECTRAL,)
 """Rules that this path knows."""
+
+_TOGETHER = 2**20
+"""Numbers of the matrices whose products are made together: with more they leave the cache."""
+
+
+class _Matrix(NamedTuple):
+    p: Tensor
+    g: Tensor
+    m: Tensor
 
 
 def applies(param: Tensor, grad: Tensor, exp_avg: Tensor) -> bool:
@@ -44,24 +54,39 @@ def step(
     keys: Sequence[int] | None = None,
 ) -> None:
     """As ``single_tensor.step``, for what ``applies`` to; of the states nothing is read."""
-    for p, g, m in zip(params, grads, exp_avgs, strict=True):
-        if p.numel():
-            _move(p, g, m, settings)
+    for batch in _batches(params, grads, exp_avgs):
+        _move(batch, settings)
     torch.autograd.graph.increment_version([*params, *exp_avgs])
 
 
-def _move(p: Tensor, g: Tensor, m: Tensor, s: StepSettings) -> None:
-    library = fused_cpu.library()
-    rows, columns = p.shape
+def _batches(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor]
+) -> Iterator[list[_Matrix]]:
+    """Matrices of one shape, whose products are made together: small ones take longer one by one."""
+    by_shape: dict[torch.Size, list[_Matrix]] = {}
+    for matrix in map(_Matrix, params, grads, exp_avgs):
+        by_shape.setdefault(matrix.p.shape, []).append(matrix)
+    for shape, same in by_shape.items():
+        many = max(1, _TOGETHER // max(shape.numel(), 1))
+        yield from (same[i : i + many] for i in range(0, len(same), many) if shape.numel())
+
+
+def _move(batch: Sequence[_Matrix], s: StepSettings) -> None:
+    rows, columns = batch[0].p.shape
+    y = torch.empty(len(batch), rows, columns, dtype=torch.bfloat16)
+    whitening = [_whitened(part, matrix, s) for part, matrix in zip(y, batch, strict=True)]
+    d = iterated(y) if rows <= columns else iterated(y.mT).mT.contiguous()
+    for part, matrix, (r, c) in zip(d, batch, whitening, strict=True):
+        _moved(part, matrix.p, r, c, s)
+
+
+def _whitened(y: Tensor, matrix: _Matrix, s: StepSettings) -> tuple[Tensor, Tensor]:
+    """Average m, write R^-p u C^-p times a power of two into y; return R^-p and C^-p."""
+    library, (_, g, m) = fused_cpu.library(), matrix
+    rows, columns = m.shape
     b1, a = s.beta1, s.beta1 - 1 if s.maximize else 1 - s.beta1
     row = torch.empty(rows, dtype=torch.float64)
-    column = torch.zeros(min(rows, fused_cpu.threads_for(p.numel())), columns, dtype=torch.float64)
-
-    def in_rows(call: Callable[..., None], *before: int, after: Sequence[float | int] = ()) -> None:
-        fused_cpu.in_parts(
-            lambda i, begin, end: call(*before, columns, begin, end, *after), rows, len(column)
-        )
-
+    column = torch.zeros(min(rows, fused_cpu.threads_for(m.numel())), columns, dtype=torch.float64)
     fused_cpu.in_parts(
         lambda i, begin, end: library.sophia_matrix_squares(
             m.data_ptr(), g.data_ptr(), columns, begin, end, b1, a, row.data_ptr(), column[i].data_ptr()
@@ -74,22 +99,36 @@ def _move(p: Tensor, g: Tensor, m: Tensor, s: StepSettings) -> None:
     r, c = ((relative(squares, 0.0) ** -power).float() for squares in (row, column.sum(0)))
     size = math.sqrt(float(row.sum()))
     lift = math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
-    y = torch.empty(rows, columns, dtype=torch.bfloat16)
-    in_rows(
+    _in_rows(
         library.sophia_matrix_scaled,
+        m,
         y.data_ptr(),
         m.data_ptr(),
         g.data_ptr(),
         after=(b1, a, lift, r.data_ptr(), c.data_ptr()),
     )
-    d = iterated(y) if rows <= columns else iterated(y.T).T.contiguous()
-    in_rows(library.sophia_matrix_norms, d.data_ptr(), after=(r.data_ptr(), c.data_ptr(), row.data_ptr()))
-    size, rate = math.sqrt(float(row.sum())), float(s.lr)
+    return r, c
+
+
+def _moved(d: Tensor, p: Tensor, r: Tensor, c: Tensor, s: StepSettings) -> None:
+    """Move p along r d c, at the rms of one."""
+    library, squares = fused_cpu.library(), torch.empty(len(p), dtype=torch.float64)
+    _in_rows(
+        library.sophia_matrix_norms,
+        p,
+        d.data_ptr(),
+        after=(r.data_ptr(), c.data_ptr(), squares.data_ptr()),
+    )
+    size, rate = math.sqrt(float(squares.sum())), float(s.lr)
     r *= rate * s.scale * math.sqrt(p.numel()) / size if size else 0.0  # a tensor of zeros does not move
     decay = 1 - rate * s.weight_decay
-    in_rows(
-        library.sophia_matrix_move,
-        p.data_ptr(),
-        d.data_ptr(),
-        after=(decay, r.data_ptr(), c.data_ptr()),
+    _in_rows(
+        library.sophia_matrix_move, p, p.data_ptr(), d.data_ptr(), after=(decay, r.data_ptr(), c.data_ptr())
     )
+
+
+def _in_rows(call: Callable[..., None], of: Tensor, *before: int, after: Sequence[float | int]) -> None:
+    """Call for ranges of the rows of a matrix, a thread each."""
+    rows, columns = of.shape
+    threads = min(rows, fused_cpu.threads_for(of.numel()))
+    fused_cpu.in_parts(lambda i, begin, end: call(*before, columns, begin, end, *after), rows, threads)
