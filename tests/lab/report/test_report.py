@@ -217,6 +217,18 @@ def test_the_embedded_data_are_strict_json(tmp_path: Path) -> None:
     assert set(data["metrics"]) == {"validation", "loss", "lr", "grad_norm", *told}
 
 
+def test_records_that_say_zero_of_a_curvature_that_is_not_there(tmp_path: Path) -> None:
+    """A picture and a table of h for a rule that has none, from records of before."""
+    write_comparison(tmp_path)
+    for log in tmp_path.glob("runs/*/log.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        log.write_text("\n".join(json.dumps({**row, "has_curvature": 0.0}) for row in lines))
+    evidence = read_evidence(tmp_path)
+    assert not courses(evidence)
+    assert {row.unclipped for row in summarise(evidence).rows} == {None}
+    assert any(run.number("loss") for run in evidence.runs)
+
+
 def test_evaluations_that_know_their_step_alone_get_every_other_cost(tmp_path: Path) -> None:
     """If this fails the validation loss can be drawn against steps only."""
     write_comparison(tmp_path)
@@ -303,7 +315,8 @@ def test_every_committed_comparison_still_makes_a_report(folder: Path, tmp_path:
     assert all(run.status == "finished" for run in evidence.runs)
     (body,) = (b for t, a, b in Page(text).bodies if a.get("id") == "data")
     assert len(json.loads(body)["runs"]) == len(evidence.runs)
-    assert "State of the curvature" in text
+    curvature = {"sophia-g", "sophia-h", "sophia-damped"} & set(evidence.contenders)
+    assert ("State of the curvature" in text) == bool(curvature)
     assert "What a step costs" in text
 
 

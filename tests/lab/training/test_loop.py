@@ -78,6 +78,16 @@ def test_the_loss_falls_and_the_records_are_complete(tiny, ids, tmp_path):
     assert json.loads((tmp_path / config.hash / "result.json").read_text()) == result
 
 
+def test_a_rule_without_curvature_says_nothing_of_it(tiny, ids, tmp_path):
+    """"0.0% unclipped" in a table, of a step that clips nothing."""
+    config = tiny("sophia-spectral", steps=5)
+    result = train(config, tmp_path, ids)
+    assert result["unclipped"] is None
+    (row,) = (r for r in rows(tmp_path / config.hash) if r["kind"] == "train")
+    assert not {"unclipped", "eps_limited", "h_zero", "h_q50"} & set(row)
+    assert row["has_curvature"] == 0
+
+
 def test_the_share_of_clipped_gradients_is_counted_at_every_step(tiny, ids, tmp_path):
     """Else the experiment on stability would rest on every fifth step, or lose what was before a stop."""
     config = tiny(steps=20, clip=1.5)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sophia.lab.config.record_format import EndNumber
+from sophia.lab.config.record_format import EndNumber, said_of_curvature
 from sophia.lab.records.pack_file import Pack, pack_of, read_pack
 from sophia.lab.records.reading import number, read_object
 from sophia.lab.records.stored_run import read_run
@@ -169,6 +169,11 @@ def _read_run(
         return None
     stored = read_run(root, root / "runs", name, pack)
     problems.extend(stored.problems)
+    train = tuple(r for r in stored.rows if r.get("kind") == "train")
+    result: Row = stored.result
+    if train and (zeros := said_of_curvature(train[-1])):
+        train = tuple({key: row[key] for key in row if key not in zeros} for row in train)
+        result = {**result, "unclipped": None}
     status = "unfinished" if stored.started else "missing"
     if stored.ended:
         status = _status(stored.result, name, problems)
@@ -178,9 +183,9 @@ def _read_run(
         int(steps),
         name,
         status,
-        stored.result,
+        result,
         stored.config,
-        tuple(r for r in stored.rows if r.get("kind") == "train"),
+        train,
         tuple(r for r in stored.rows if r.get("kind") == "eval"),
     )
 
