@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,6 +59,18 @@ def commands() -> dict[str, type[Command]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command; exits with 0, 1 (failure), 2 (wrong use) or 128 + signal."""
+    try:
+        _main(arguments)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # who reads has gone, as in `sophia compare --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise
+
+
+def _main(arguments: list[str] | None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments in (["--version"], ["-V"]):
         print(f"torch-sophia {importlib.metadata.version('torch-sophia')}")

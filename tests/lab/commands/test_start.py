@@ -50,3 +50,16 @@ def test_the_package_has_its_names_all_the_same():
         _ = sophia.sofia
     with pytest.raises(ImportError):
         from sophia import nothing  # noqa: F401
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["contenders"]], ids=" ".join)
+def test_a_reader_that_has_gone_ends_it_without_a_traceback(arguments):
+    """``sophia compare --help | head -3``."""
+    code = f"from sophia.lab.cli import main; main({arguments!r})"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as started:
+        started.stdout.close()
+        assert not started.stderr.read()
+    assert started.returncode in (1, 141)  # rich's own, and ours
