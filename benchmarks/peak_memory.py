@@ -13,18 +13,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gpt
 import records
 import torch
 from torch.nn import functional as F
 
-CONTENDERS = {
+CONTENDERS: dict[str, dict[str, Any] | None] = {
     "adamw": None,
-    "sophia, fraction 1": 1.0,
-    "sophia, fraction 1/2": 0.5,
-    "sophia, fraction 1/4": 0.25,
-    "sophia, fraction 1/8": 0.125,
+    "sophia, fraction 1": {"fraction": 1.0},
+    "sophia, fraction 1/2": {"fraction": 0.5},
+    "sophia, fraction 1/4": {"fraction": 0.25},
+    "sophia, fraction 1/8": {"fraction": 0.125},
+    "spectral": {"rule": "spectral"},
 }
 
 
@@ -41,11 +43,11 @@ def measure(name: str, size: str) -> dict[str, float]:
     torch.set_num_threads(1)
     before = status("VmRSS")
     model, x, y = gpt.make(size)
-    fraction = CONTENDERS[name]
-    if fraction is None:
+    settings = CONTENDERS[name]
+    if settings is None:
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     else:
-        opt = Sophia(model, lr=1e-4, fraction=fraction)
+        opt = Sophia(model, lr=1e-4, **settings)
 
     def train(steps: int) -> None:
         for _ in range(steps):

@@ -6,8 +6,9 @@ Equations in ``update_rule.py``. All that is kept starts at zero and lies in the
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,6 +28,11 @@ from sophia.update_rule import (
 )
 
 __all__ = ["Equilibrated", "Factored", "Moment", "SecondMoments", "Whitened"]
+
+Place = EllipsisType | tuple[slice, slice]
+
+_PIECE = 2**18
+"""Numbers of a table that are moved at a time: they stay in the cache, and the rest is not copied."""
 
 
 class Moment(NamedTuple):
@@ -56,6 +62,9 @@ class SecondMoments(Protocol):
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
         """Renew what is kept, in place, and return the direction of the step."""
 
+    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
+        """The same piece by piece, with the places: of a large table never all is in memory at once."""
+
 
 @dataclass(frozen=True)
 class Equilibrated:
@@ -72,6 +81,9 @@ class Equilibrated:
         # A graph through the step takes the plain way.
         fast = None if torch.is_grad_enabled() else polar_of
         return spectral_direction(u, power=self.power, polar_of=fast)
+
+    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
+        yield ..., self.direction(kept, seen)
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,9 @@ class Whitened:
             polar_of=polar_of,
         )
 
+    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
+        yield ..., self.direction(kept, seen)
+
 
 @dataclass(frozen=True)
 class Factored:
@@ -117,20 +132,50 @@ class Factored:
         }
 
     def direction(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
-        steps = _counted(kept)
-        started, m, of_m = 1 - seen.beta2**steps, seen.m, 1 - seen.beta1**steps
         if "exp_avg_sq" in kept:
-            v = _averaged(kept["exp_avg_sq"], seen.g.square(), seen)
-            return m / of_m / ((v / started).to(m.dtype).sqrt() + seen.eps)
+            return self._entry_by_entry(kept, seen)
+        root, r = self._factors(kept, seen)
+        return factored_direction(seen.m, root, r, eps=seen.eps)
+
+    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
+        if "exp_avg_sq" in kept:
+            yield ..., self._entry_by_entry(kept, seen)
+            return
+        root, r = self._factors(kept, seen)
+        rows, columns = seen.m.shape
+        for part in _parts(len(r), len(root)):
+            place = (part, slice(None)) if rows > columns else (slice(None), part)
+            yield place, factored_direction(seen.m[place], root, r[part], eps=seen.eps)
+
+    def _entry_by_entry(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Tensor:
+        steps, m = _counted(kept), seen.m
+        v = _averaged(kept["exp_avg_sq"], seen.g.square(), seen) / (1 - seen.beta2**steps)
+        return m / (1 - seen.beta1**steps) / (v.to(m.dtype).sqrt() + seen.eps)
+
+    def _factors(self, kept: MutableMapping[str, Tensor], seen: Moment) -> tuple[Tensor, Tensor]:
+        """P and r of ``factored_direction``, both corrected for their start at zero."""
+        steps, dtype = _counted(kept), seen.m.dtype
         now = _renew(kept, seen, steps)
         # Of each step in the basis of its time, which knows that step's gradient hardly better than others.
         values = _averaged(kept["basis_squares"], along(now, kept["basis"]), seen)
         # Where no gradient ever is, as along the sum of a head's rows, m is its rounding alone.
         damping = max(seen.damping, (2 * torch.finfo(kept["exp_avg"].dtype).eps) ** 2)
         root = inverse_power(values, kept["basis"], power=self.power, damping=damping)
-        r = _averaged(kept["mean_squares"], short_side_first(seen.g).square().mean(0), seen) / started
+        r = _averaged(kept["mean_squares"], _mean_squares(short_side_first(seen.g)), seen)
         # The correction of m in the small matrix, not in all of m.
-        return factored_direction(m, (root / of_m).to(m.dtype), r.to(m.dtype), eps=seen.eps)
+        return (root / (1 - seen.beta1**steps)).to(dtype), (r / (1 - seen.beta2**steps)).to(dtype)
+
+
+def _mean_squares(x: Tensor) -> Tensor:
+    """Over the rows, (columns,)."""
+    return torch.cat([x[:, part].square().mean(0) for part in _parts(x.size(1), x.size(0))])
+
+
+def _parts(long: int, short: int) -> Iterator[slice]:
+    """Of the long side, each as long as the short one at least, so that it stays the long one."""
+    number = max(1, min(long // max(short, 1), long * short // _PIECE))
+    ends = [long * i // number for i in range(number + 1)]
+    return map(slice, ends[:-1], ends[1:])
 
 
 def _of_short_side(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

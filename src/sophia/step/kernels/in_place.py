@@ -1,7 +1,7 @@
 """Rules without curvature, one tensor after another, on any device: m and theta are changed where they lie.
 
 The plain path makes a new tensor at each operation of the step; here the momentum takes one pass over memory
-and the move another, beside what the rule's own statistics take.
+and the move another, beside what the rule's own statistics take, and a large table moves piece by piece.
 """
 
 from __future__ import annotations
@@ -48,5 +48,6 @@ def step(
     for p, grad, m, kept in zip(params, grads, exp_avgs, hessians, strict=True):
         g = -grad if s.maximize else grad
         m.lerp_(g, 1 - s.beta1)
-        d = statistics.direction(kept, Moment(g, m, s.beta1, s.beta2, s.every, s.damping, s.eps))
-        p.mul_(1 - rate * s.weight_decay).sub_(d, alpha=rate * s.scale)
+        seen = Moment(g, m, s.beta1, s.beta2, s.every, s.damping, s.eps)
+        for place, d in statistics.pieces(kept, seen):
+            p[place].mul_(1 - rate * s.weight_decay).sub_(d, alpha=rate * s.scale)
