@@ -21,7 +21,7 @@ class RunOptions:
     """Common options of commands that train. A subclass adds its own."""
 
     preset: str | None = None
-    """Protocol of the package: quick, tiny, small or million; quick unless given."""
+    """Protocol of the package: first, quick, tiny, small or million; first unless given."""
     protocol: Path | None = None
     """Protocol of your own, a TOML file; or the protocol.json of a record."""
     data: str | None = None

@@ -48,7 +48,7 @@ def _of_a_record(path: Path) -> Protocol:
 
 
 def chosen(preset: str | None, file: Path | None) -> Protocol:
-    """The protocol of a command line: a packaged one by name ("quick" unless given), or a file's."""
+    """The protocol of a command line: a packaged one by name ("first" unless given), or a file's."""
     if preset is not None and file is not None:
         raise UsageError(
             f"--preset {preset} and --protocol {file} are both given, and each is a whole protocol. "
@@ -56,7 +56,7 @@ def chosen(preset: str | None, file: Path | None) -> Protocol:
         )
     if file is not None:
         return load(file)
-    known, name = presets(), preset or "quick"
+    known, name = presets(), preset or "first"
     if name not in known:
         raise UsageError(
             f"There is no preset {name!r}. Choose from: {', '.join(known)}; or give a file with --protocol."
