@@ -166,6 +166,12 @@ def _lion(parameters: list[nn.Parameter]) -> Optimizer:
     return lion_pytorch.Lion(parameters, lr=LR)  # type: ignore[no-any-return]
 
 
+def _heavyball(parameters: list[nn.Parameter]) -> Optimizer:
+    import heavyball
+
+    return heavyball.AdamW(parameters, lr=LR)  # type: ignore[no-any-return]
+
+
 def _bitsandbytes(name: str) -> Callable[[list[nn.Parameter]], Optimizer]:
     def make(parameters: list[nn.Parameter]) -> Optimizer:
         import bitsandbytes
@@ -202,6 +208,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "pytorch-optimizer SophiaH": Method(_second_order, "pytorch-optimizer"),
     "lion-pytorch": Method(_simple(_lion), "lion-pytorch"),
+    "heavyball AdamW": Method(_simple(_heavyball), "heavyball"),
     "torch Adafactor": Method(_simple(lambda p: torch.optim.Adafactor(p, lr=LR))),
     "torch Muon, AdamW": Method(_muon, requires=lambda: hasattr(torch.optim, "Muon")),
     "bitsandbytes AdamW": Method(_simple(_bitsandbytes("AdamW")), "bitsandbytes"),
