@@ -79,7 +79,7 @@ def test_the_loss_falls_and_the_records_are_complete(tiny, ids, tmp_path):
 
 
 def test_a_rule_without_curvature_says_nothing_of_it(tiny, ids, tmp_path):
-    """ "0.0% unclipped" in a table, of a step that clips nothing."""
+    """A table that says 0.0% unclipped of a step that clips nothing."""
     config = tiny("sophia-spectral", steps=5)
     result = train(config, tmp_path, ids)
     assert result["unclipped"] is None
