@@ -1,4 +1,4 @@
-"""The script that waits for a GPU, at toy size: what it holds must run when there is one for eight minutes."""
+"""The script that waits for a GPU, at toy size: what it holds must run when there is one for minutes."""
 
 import importlib.util
 import json
