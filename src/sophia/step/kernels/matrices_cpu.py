@@ -26,7 +26,7 @@ __all__ = ["IMPLEMENTED", "applies", "step"]
 IMPLEMENTED = (SPECTRAL,)
 """Rules that this path knows."""
 
-_TOGETHER = 2**20
+_TOGETHER = 2**19
 """Numbers of the matrices whose products are made together: with more they leave the cache."""
 
 
@@ -75,8 +75,10 @@ def _move(batch: Sequence[_Matrix], s: StepSettings) -> None:
     rows, columns = batch[0].p.shape
     y = torch.empty(len(batch), rows, columns, dtype=torch.bfloat16)
     whitening = [_whitened(part, matrix, s) for part, matrix in zip(y, batch, strict=True)]
+    if len(batch) == 1:
+        y = y[0]  # products of two matrices take a transposed one as it is, batched ones copy it
     d = iterated(y) if rows <= columns else iterated(y.mT).mT.contiguous()
-    for part, matrix, (r, c) in zip(d, batch, whitening, strict=True):
+    for part, matrix, (r, c) in zip(d.view(len(batch), rows, columns), batch, whitening, strict=True):
         _moved(part, matrix.p, r, c, s)
 
 
