@@ -1,5 +1,6 @@
 """Half the steps: planted gaps, the line through them, and what the verdict makes of it."""
 
+import json
 import random
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from scipy import stats
 from synthetic import Planted, write_comparison
 
-from sophia.lab.experiments import half_the_steps as half
 from sophia.lab.experiments.framework.records import Records
+from sophia.lab.experiments.half_the_steps import experiment, figure, gaps
+from sophia.lab.support.errors import LabError
 
 SIZES = {"a": 3e5, "b": 7e5, "c": 1.1e6, "d": 3e6}
 
@@ -40,20 +42,20 @@ def plant(folder, gap, *, sizes=SIZES, seeds=(1, 2, 3), noise=0.005):
 def test_the_verdict_is_that_of_what_was_planted(tmp_path, gap, word, of):
     """The paper's main claim, called seen or not against the runs."""
     records = plant(tmp_path, gap)
-    said = half.verdict(records)
+    said = experiment.verdict(records)
     assert said.word == word
     assert f"enough at {of} sizes" in said.sentence
-    for found in half.gaps(records):
+    for found in gaps.gaps(records):
         assert found.difference.value == pytest.approx(gap(found.parameters), abs=0.02)
         assert found.steps == 800
-    half.draw(records)
+    figure.draw(records)
 
 
 def test_the_line_and_its_interval_are_those_of_a_regression(tmp_path):
     """An extrapolation whose uncertainty is that of the points, not that of a further one."""
     gap = lambda n: 0.3 - 0.1 * np.log10(n / 3e5) + 0.03 * np.sin(n)
-    found = half.gaps(plant(tmp_path, gap))
-    fit = half.line(found)
+    found = gaps.gaps(plant(tmp_path, gap))
+    fit = gaps.line(found)
     x, y = np.log10([g.parameters for g in found]), np.array([g.difference.value for g in found])
     other = stats.linregress(x, y)
     at = np.log10(125e6)
@@ -67,8 +69,8 @@ def test_the_line_and_its_interval_are_those_of_a_regression(tmp_path):
 def test_two_sizes_make_no_line(tmp_path):
     """A line through two points, with an interval of nothing."""
     records = plant(tmp_path, lambda n: 0.1, sizes={"a": 3e5, "b": 7e5})
-    assert half.line(half.gaps(records)) is None
-    assert "straight line" not in half.verdict(records).sentence
+    assert gaps.line(gaps.gaps(records)) is None
+    assert "straight line" not in experiment.verdict(records).sentence
 
 
 def test_half_a_comparison_is_not_read(tmp_path):
@@ -79,11 +81,25 @@ def test_half_a_comparison_is_not_read(tmp_path):
     gone = next(folder.glob("runs/*/result.json"))
     kept = gone.read_text()
     gone.unlink()
-    half._read(records, "half-3m", folder)
+    experiment._read(records, "half-3m", folder)
     assert not records.rows
     gone.write_text(kept)
-    half._read(records, "half-3m", folder)
+    experiment._read(records, "half-3m", folder)
     assert {r.case["contender"] for r in records.rows} == {"adamw", "sophia-g"}
+
+
+def test_a_comparison_of_older_numbers_is_not_read(tmp_path):
+    """Rows of an estimator that is gone, noted as made today."""
+    folder = tmp_path / "half-3m"
+    write_comparison(folder, Planted())
+    for file in folder.glob("runs/*/result.json"):
+        result = json.loads(file.read_text())
+        result["environment"]["numerics"] = "gnb 2, paper 1"
+        file.write_text(json.dumps(result))
+    records = Records(tmp_path / "records")
+    with pytest.raises(LabError, match="gnb 2; today gnb 3"):
+        experiment._read(records, "half-3m", folder)
+    assert not records.rows
 
 
 def test_the_packaged_protocols_are_of_the_stated_sizes_and_search_both_alike():
@@ -93,7 +109,7 @@ def test_the_packaged_protocols_are_of_the_stated_sizes_and_search_both_alike():
 
     sizes = {"half-300k": 0.28e6, "quick": 0.735e6, "million": 1.1e6, "half-3m": 3.0e6, "half-10m": 10e6}
     for name, size in sizes.items():
-        protocol = half._protocol(name, quick=False)
+        protocol = experiment._protocol(name, quick=False)
         assert isinstance(protocol.model, Model)
         assert parameters(protocol.model) == pytest.approx(size, rel=0.05)
         assert max(protocol.budgets) == 800

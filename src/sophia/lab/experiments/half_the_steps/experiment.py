@@ -6,22 +6,18 @@ T/2 with paired seeds, in a folder that `sophia report` reads. Two of the sizes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf, log10, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from sophia.lab.analysis.made_by import other_code
 from sophia.lab.analysis.read_records import read_evidence
-from sophia.lab.analysis.seed_noise import Estimate, contrast, noise_by_budget
-from sophia.lab.analysis.speedup import Ratio, curve_of, speedup
+from sophia.lab.analysis.seed_noise import Estimate
 from sophia.lab.data import corpus, tokens
 from sophia.lab.experiments.framework.definition import Experiment, Verdict
 from sophia.lab.experiments.framework.progress import Progress
 from sophia.lab.experiments.framework.records import Records
+from sophia.lab.experiments.half_the_steps.figure import draw
+from sophia.lab.experiments.half_the_steps.gaps import PAPER, gaps, line
 from sophia.lab.protocols import freeze, plan, protocol_file
 from sophia.lab.protocols.protocol import Protocol
 from sophia.lab.support.dataclass_json import to_json
@@ -30,13 +26,7 @@ from sophia.lab.support.toml_files import packaged
 from sophia.lab.training.loop import Progress as Trained
 from sophia.lab.training.loop import train
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["EXPERIMENT", "Gap", "Line", "gaps", "line"]
-
-BASELINE, CONTENDER = "adamw", "sophia-g"
-PAPER = {"125M": 125e6, "355M": 355e6, "770M": 770e6}
+__all__ = ["EXPERIMENT"]
 
 
 @dataclass(frozen=True)
@@ -135,81 +125,6 @@ def _compare(protocol: Protocol, folder: Path, progress: Progress, *, search: bo
         train(config, folder / "runs", ids, stop=progress.stop, report=report)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """One size."""
-
-    size: str
-    parameters: float
-    steps: int
-    """T."""
-    difference: Estimate
-    """End loss of Sophia-G after T/2 steps minus that of AdamW after T, nats a token."""
-    ratio: Ratio | None
-    """The speed-up in steps at Sophia-G's largest budget; None if AdamW's curve gives none."""
-
-
-def gaps(records: Records) -> list[Gap]:
-    """Of every size whose runs at T and T/2 are there, the smallest first."""
-    found = []
-    for size in records.values("size"):
-        rows = records.where(size=size)
-        ends = {
-            (r.case["contender"], r.case["steps"], r.case["seed"]): float(r.result["loss"])
-            for r in rows
-            if r.result["loss"] is not None
-        }
-        most = max(r.case["steps"] for r in rows)
-        noise = noise_by_budget(ends)
-        difference = contrast(ends, {(CONTENDER, most // 2): 1.0, (BASELINE, most): -1.0}, noise)
-        if difference is None:
-            continue
-        curve = curve_of(ends, BASELINE, noise)
-        ratio = None if isinstance(curve, str) else speedup(ends, CONTENDER, BASELINE, curve, noise)
-        parameters = next(r.result["parameters"] for r in rows if r.result["parameters"] is not None)
-        found.append(Gap(size, parameters, most, difference, ratio))
-    return sorted(found, key=lambda g: g.parameters)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A straight line of the gap against log10 of the parameters, by least squares over the sizes."""
-
-    slope: float
-    offset: float
-    spread: float
-    """Standard deviation of the sizes around it, n - 2 degrees of freedom."""
-    centre: float
-    squares: float
-    sizes: int
-
-    def at(self, parameters: float) -> tuple[float, float, float]:
-        """The gap expected of another size, with a 90% interval for it (Student's t, n - 2 degrees); it holds
-        if the line is straight, which nothing here tests.
-        """
-        from scipy import stats
-
-        x = log10(parameters)
-        value = self.offset + self.slope * (x - self.centre)
-        error = self.spread * sqrt(1 + 1 / self.sizes + (x - self.centre) ** 2 / self.squares)
-        half = float(stats.t.ppf(0.95, self.sizes - 2)) * error if self.sizes > 2 else inf
-        return value, value - half, value + half
-
-
-def line(found: Sequence[Gap]) -> Line | None:
-    """Through the sizes; None for fewer than three."""
-    if len(found) < 3:
-        return None
-    x = np.log10([g.parameters for g in found])
-    y = np.array([g.difference.value for g in found])
-    centre = float(x.mean())
-    squares = float(((x - centre) ** 2).sum())
-    slope = float(((x - centre) * y).sum() / squares)
-    residuals = y - y.mean() - slope * (x - centre)
-    spread = sqrt(float((residuals**2).sum()) / (len(found) - 2))
-    return Line(slope, float(y.mean()), spread, centre, squares, len(found))
-
-
 def _words(e: Estimate) -> str:
     return (
         f"{e.value:+.3f}"
@@ -240,81 +155,6 @@ def verdict(records: Records) -> Verdict:
     if all(s < 0 for s in signs):
         return Verdict("holds", sentence)
     return Verdict("holds in part" if any(s <= 0 for s in signs) else "not seen at this scale", sentence)
-
-
-def draw(records: Records) -> Figure:
-    """End losses against steps for each size; the gap against the size, with the line."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    from sophia.lab.report.labels import spread
-
-    figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    found = gaps(records)
-    ends: list[tuple[float, float, str]] = []
-    for shade, size in zip(
-        np.linspace(0.35, 1.0, len(records.values("size"))), _ordered(records), strict=True
-    ):
-        for contender, colour in ((BASELINE, "#2b2b2b"), (CONTENDER, "#d55e00")):
-            budgets = sorted({r.case["steps"] for r in records.where(size=size, contender=contender)})
-            points = [
-                (b, [r.result["loss"] for r in records.where(size=size, contender=contender, steps=b)])
-                for b in budgets
-            ]
-            whole = [(b, losses) for b, losses in points if losses and None not in losses]
-            means = [float(np.mean(losses)) for _, losses in whole]
-            left.plot([b for b, _ in whole], means, "o-", ms=4, lw=1.3, color=colour, alpha=shade)
-            if means and contender == BASELINE:
-                ends.append((whole[-1][0], means[-1], f" {_millions(records, size)}"))
-    places = spread([y for _, y, _ in ends], *left.get_ylim(), gap=0.045 * float(np.ptp(left.get_ylim())))
-    for (end, _, label), place in zip(ends, places, strict=True):
-        left.annotate(label, (end, place), fontsize=8, va="center")
-    left.plot([], [], color="#2b2b2b", label=BASELINE)
-    left.plot([], [], color="#d55e00", label=CONTENDER)
-    left.legend(frameon=False, fontsize=9)
-    left.set(xscale="log", xlabel="steps of a whole schedule")
-    left.xaxis.set_major_locator(FixedLocator(sorted(records.values("steps"))))
-    left.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    left.xaxis.set_minor_locator(NullLocator())
-    left.set_title("End loss, nats a token; paler: smaller models", loc="left", fontsize=10)
-    if fit := line(found):
-        x = np.geomspace(min(g.parameters for g in found), PAPER["770M"], 60)
-        band = np.array([fit.at(float(n)) for n in x])
-        right.plot(x, band[:, 0], "--", color="#6b6b6b", lw=1.2)
-        right.fill_between(x, band[:, 1], band[:, 2], color="#6b6b6b", alpha=0.12, lw=0)
-        heights = [g.difference.value for g in found]
-        right.set_ylim(min(-0.6, *heights) - 0.3, max(heights) + 0.6)
-    for g in found:
-        e = g.difference
-        right.errorbar(
-            g.parameters,
-            e.value,
-            yerr=None if e.low is None or e.high is None else [[e.value - e.low], [e.high - e.value]],
-            fmt="o",
-            color="#d55e00",
-            capsize=3,
-        )
-    for name, n in PAPER.items():
-        right.plot(n, 0.0, "v", color="#0072b2", ms=6)
-        right.annotate(name, (n, 0), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
-    right.axhline(0, color="#999999", lw=0.8)
-    right.set(xscale="log", xlabel="parameters")
-    right.set_title("sophia-g at T/2 minus adamw at T, nats", loc="left", fontsize=10)
-    return figure
-
-
-def _ordered(records: Records) -> list[str]:
-    """Sizes, the smallest first."""
-    return sorted(records.values("size"), key=lambda size: _parameters(records, size))
-
-
-def _parameters(records: Records, size: str) -> float:
-    return max((r.result["parameters"] or 0.0 for r in records.where(size=size)), default=0.0)
-
-
-def _millions(records: Records, size: str) -> str:
-    return f"{_parameters(records, size) / 1e6:.2g}M"
 
 
 EXPERIMENT = Experiment(
