@@ -401,8 +401,23 @@ def test_a_comparison_is_judged_from_its_folder(tmp_path: Path) -> None:
     assert evaluations.value == pytest.approx(steps.value / 1.05)
     assert verdict.half_budget.answer == "no"
     assert summary.complete
-    assert "more seeds would resolve a difference of 0.003" in summary.power
+    assert summary.power.endswith("four times in five.")  # nothing is left to resolve
     assert [(r.contender, r.steps) for r in summary.rows][:2] == [("adamw", 300), ("adamw", 600)]
+
+
+def test_seeds_are_proposed_for_the_difference_that_was_seen(tmp_path: Path) -> None:
+    """Thousands of seeds for a difference that nobody saw, under two lines that are clearly apart."""
+    told = []
+    for name, seeds in (("few", (1, 2)), ("more", tuple(range(1, 40)))):
+        planted = Planted(efficiency={"adamw": 1.0, "sophia-g": 0.97}, rest=0.02, seeds=seeds)
+        told.append(summarise(write_comparison(tmp_path / name, planted)))
+    few, more = told
+    assert few.verdicts[0].word == "not distinguishable"
+    found = re.search(r"one of ([\d.]+), the smallest .* would take (\d+) seeds \(--seeds \2\)", few.power)
+    assert float(found[1]) == pytest.approx(abs(few.verdicts[0].difference.value), rel=0.1)
+    assert 2 < int(found[2]) <= 50
+    assert more.verdicts[0].word == "slower"
+    assert "would take" not in more.power
 
 
 @pytest.mark.parametrize(

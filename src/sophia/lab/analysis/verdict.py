@@ -39,12 +39,6 @@ from sophia.lab.analysis.verdict_words import (
 
 __all__ = ["CostSpeedup", "HalfBudget", "Row", "Summary", "Verdict", "judge", "summarise"]
 
-RESOLVE = 0.003
-"""The difference in nats that the power line speaks of: what separates good optimizers at small scale
-(2509.02046).
-"""
-
-
 _NO_SPEEDUP = ("unstable", "baseline unstable", "unfinished")
 
 
@@ -110,7 +104,9 @@ class Summary:
     reached: tuple[Reach, ...]
     """What each contender needs for the target of the protocol; empty without a target."""
     power: str
-    """What these seeds can establish, and how many more would do for `RESOLVE`."""
+    """What these seeds can establish, and how many more would do for the smallest difference that was seen
+    and is not established.
+    """
     missing: tuple[str, ...]
     """A line for every contender and budget with runs that have no result."""
     diverged: tuple[str, ...]
@@ -146,10 +142,11 @@ def judge(evidence: Evidence) -> Summary:
     rows = ends_of(evidence)
     curve = curve_of(ends, evidence.baseline, noise)
     missing, diverged = _gaps(rows)
+    verdicts = tuple(_verdict(evidence, ends, noise, curve, rows, c) for c in evidence.contenders[1:])
     return Summary(
         evidence=evidence,
         rows=rows,
-        verdicts=tuple(_verdict(evidence, ends, noise, curve, rows, c) for c in evidence.contenders[1:]),
+        verdicts=verdicts,
         noise=noise,
         curve=curve if isinstance(curve, Curve) else None,
         curve_problem=curve if isinstance(curve, str) else None,
@@ -158,7 +155,7 @@ def judge(evidence: Evidence) -> Summary:
         reached=()
         if evidence.target is None
         else tuple(reach(rows, ends, c, evidence.target, noise) for c in evidence.contenders),
-        power=_power(evidence, ends, noise),
+        power=_power(evidence, ends, noise, verdicts),
         missing=missing,
         diverged=diverged,
     )
@@ -263,17 +260,27 @@ def _half_budget(
     return HalfBudget(answer, half, estimate, sentence)
 
 
-def _power(evidence: Evidence, ends: dict[tuple[str, int, int], float], noise: NoiseByBudget) -> str:
+def _power(
+    evidence: Evidence,
+    ends: dict[tuple[str, int, int], float],
+    noise: NoiseByBudget,
+    verdicts: Iterable[Verdict],
+) -> str:
     largest = max((b for _, b, _ in ends), default=0)
     seeds = sum((c, b) == (evidence.baseline, largest) for c, b, _ in ends)
     if seeds == 0 or noise.at[largest].degrees == 0:
-        return power_sentence(RESOLVE, seeds, None, None)
+        return power_sentence(seeds, None, None, None)
     here = noise.at[largest]
     # From five seeds on (`OWN_SEEDS`) an interval is made of a contender's own seeds, below that of the pool.
     degrees = float(here.degrees if seeds < OWN_SEEDS else seeds - 1)
-    return power_sentence(
-        RESOLVE, seeds, resolvable(here, seeds, degrees), seeds_needed(here, RESOLVE, at_least=seeds)
-    )
+    open_ = [
+        abs(v.difference.value)
+        for v in verdicts
+        if v.word == "not distinguishable" and v.difference is not None and v.difference.value
+    ]
+    seen = min(open_, default=None)
+    needed = None if seen is None else seeds_needed(here, seen, at_least=seeds)
+    return power_sentence(seeds, resolvable(here, seeds, degrees), seen, needed)
 
 
 def _gaps(rows: Iterable[Row]) -> tuple[tuple[str, ...], tuple[str, ...]]:

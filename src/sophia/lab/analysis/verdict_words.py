@@ -9,6 +9,9 @@ from typing import Protocol
 from sophia.lab.analysis.seed_noise import LEVEL, OWN_SEEDS, Ends, Estimate, plural
 from sophia.lab.analysis.speedup import Ratio
 
+MOST_SEEDS = 50
+"""More are not proposed."""
+
 
 class Counted(Protocol):
     """Counts of runs in a row of the table."""
@@ -186,18 +189,25 @@ def half_budget_sentence(
     )
 
 
-def power_sentence(target: float, seeds: int, now: float | None, needed: int | None) -> str:
-    """Smallest difference that these seeds can establish, and how many more would resolve `target` nats."""
+def power_sentence(seeds: int, now: float | None, seen: float | None, needed: int | None) -> str:
+    """What these seeds can establish, and what it takes for a difference that was seen and is not established.
+
+    >>> power_sentence(2, 0.08, None, None)
+    'With 2 seeds a true difference of 0.08 would be established four times in five.'
+    >>> power_sentence(2, 0.08, 0.05, 5).partition("; ")[2]
+    'one of 0.05, the smallest that was seen and is not established, would take 5 seeds (--seeds 5).'
+    """
     if now is None:
         return "One finished pair or less cannot tell noise from effect: run at least 2 seeds."
     text = (
         f"With {plural(seeds, 'seed')} a true difference of {now:.2g} would be established four times in five"
     )
-    if needed is None:
-        return f"{text}; {target} is out of reach of more seeds."
-    if needed <= seeds:
+    if seen is None or (needed is not None and needed <= seeds):
         return f"{text}."
-    return f"{text}; {plural(needed - seeds, 'more seed')} would resolve a difference of {target}."
+    text += f"; one of {seen:.2g}, the smallest that was seen and is not established, would take"
+    if needed is None or needed > MOST_SEEDS:
+        return f"{text} more than {MOST_SEEDS} seeds: too small to be told apart here."
+    return f"{text} {plural(needed, 'seed')} (--seeds {needed})."
 
 
 def spent_sentence(spent: Costs) -> str:
