@@ -190,7 +190,7 @@ def half_budget_sentence(
 
 
 def power_sentence(seeds: int, now: float | None, seen: float | None, needed: int | None) -> str:
-    """What these seeds can establish, and what it takes for a difference that was seen and is not established.
+    """What these seeds can establish, and what a difference takes that was seen and is not established.
 
     >>> power_sentence(2, 0.08, None, None)
     'With 2 seeds a true difference of 0.08 would be established four times in five.'
