@@ -19,7 +19,7 @@ from synthetic import Planted, write_comparison
 
 from sophia.lab.analysis.read_records import read_evidence
 from sophia.lab.analysis.settings_table import side_by_side
-from sophia.lab.analysis.verdict import summarise
+from sophia.lab.analysis.verdict import judge, summarise
 from sophia.lab.jobs.compare import show
 from sophia.lab.jobs.pack import unpack
 from sophia.lab.report import colours
@@ -217,6 +217,19 @@ def test_the_embedded_data_are_strict_json(tmp_path: Path) -> None:
     assert set(data["metrics"]) == {"validation", "loss", "lr", "grad_norm", *told}
 
 
+def test_the_table_keeps_names_and_numbers_whole_in_80_columns(tmp_path: Path) -> None:
+    """Names cut to "sophia-s…", which is any of three."""
+    planted = Planted(efficiency={"adamw": 1.0, "sophia-spectral": 1.2}, seeds=(1, 2))
+    with (tmp_path / "console").open("w+") as out:
+        show(write_comparison(tmp_path / "comparison", planted), Console(file=out, width=80))
+        out.seek(0)
+        lines = out.read().splitlines()
+    rows = [line.split() for line in lines if line.startswith("sophia-spectral ")]
+    assert [row[1] for row in rows] == ["300", "600"]
+    assert all(re.fullmatch(r"\d\.\d{3} ± \d\.\d{3}", " ".join(row[2:5])) for row in rows)
+    assert "…" not in "".join(lines)
+
+
 def test_records_that_say_zero_of_a_curvature_that_is_not_there(tmp_path: Path) -> None:
     """A picture and a table of h for a rule that has none, from records of before."""
     write_comparison(tmp_path)
@@ -225,7 +238,7 @@ def test_records_that_say_zero_of_a_curvature_that_is_not_there(tmp_path: Path) 
         log.write_text("\n".join(json.dumps({**row, "has_curvature": 0.0}) for row in lines))
     evidence = read_evidence(tmp_path)
     assert not courses(evidence)
-    assert {row.unclipped for row in summarise(evidence).rows} == {None}
+    assert {row.unclipped for row in judge(evidence).rows} == {None}
     assert any(run.number("loss") for run in evidence.runs)
 
 

@@ -141,6 +141,7 @@ def show(folder: Path, console: Console) -> None:
 
     summary = summarise(folder)
     console.print(_table(summary))
+    console.print()
     if summary.notice:
         console.print(summary.notice, highlight=False, style="yellow")
     for verdict in summary.verdicts:
@@ -173,17 +174,24 @@ def reached(rows: Sequence[Row], target: float) -> str:
 
 
 def _table(summary: Summary) -> Table:
-    table = Table(title="End of training, mean over seeds (± standard deviation)", title_justify="left")
-    table.add_column("contender")
-    for title in ("steps", "loss, nats", "bits per byte", "gradient evaluations", "seconds", "unclipped"):
-        table.add_column(title, justify="right")
+    # 80 columns hold it, names of fifteen letters whole: half a name is nobody's.
+    table = Table(
+        title="End of training, mean over seeds (± standard deviation)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("contender", overflow="fold")
+    for title in ("steps", "loss, nats", "bits/byte", "gradients", "seconds", "unclipped"):
+        table.add_column(title, justify="right", overflow="fold")
     for row in summary.rows:
-        loss = _number(row.loss, ".4f") + (f" ± {row.sd:.4f}" if row.sd is not None else "")
+        loss = _number(row.loss, ".3f") + (f" ± {row.sd:.3f}" if row.sd is not None else "")
         table.add_row(
             row.contender,
             f"{row.steps}",
             f"{loss} ({row.diverged} diverged)" if row.diverged else loss,
-            _number(row.bits_per_byte, ".4f"),
+            _number(row.bits_per_byte, ".3f"),
             _number(row.gradient_evaluations, ".0f"),
             _number(row.seconds, ".0f"),
             _number(row.unclipped, ".1%"),
