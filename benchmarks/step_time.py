@@ -64,10 +64,16 @@ def sophia(size: str, dtype: torch.dtype = torch.float32, **settings: object) ->
     made = torch.nn.ParameterList(parameters(size, dtype))
     opt = Sophia(made, mode="manual", update_every=2**30, **settings)
     opt.step()
-    for state in opt.state.values():
-        noise = torch.randn_like(state["hessian"], dtype=torch.float32)
-        state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
+    spread_curvature(opt)
     return opt
+
+
+def spread_curvature(opt: torch.optim.Optimizer) -> None:
+    """Set every h there is to noise of many orders of magnitude."""
+    for state in opt.state.values():
+        if "hessian" in state:
+            noise = torch.randn_like(state["hessian"], dtype=torch.float32)
+            state["hessian"].copy_(noise.mul_(3).exp_().mul_(1e-3))
 
 
 BF16 = torch.bfloat16

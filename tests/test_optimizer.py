@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference import Given, Reference, array, curvature_of, give, noise_like, set_curvature
 from sophia import Sophia, SophiaWarning
@@ -514,3 +515,27 @@ def test_stats_are_numbers_with_stable_names():
     assert stats["eps_limited"] == pytest.approx(np.mean(0.05 * h <= 1e-12), abs=1e-4)
     assert stats["h_zero"] == pytest.approx(np.mean(h == 0), abs=1e-9)
     assert stats["h_q95"] == pytest.approx(np.quantile(h, 0.95), rel=1e-3)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read as a number, for which the host waits."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("foreach", [None, False])
+@pytest.mark.parametrize("rule", ["paper", "spectral"])
+def test_a_step_with_a_tensor_lr_reads_no_number(rule, foreach):
+    """A CUDA graph cannot be captured around a read: ``capturable=True`` would be an error on a GPU."""
+    weight = nn.Parameter(torch.ones(4, 5))
+    weight.grad = torch.full_like(weight, 1e-3)
+    group = {"params": [weight], "rule": rule, **({} if rule == "paper" else {"scale": 0.2})}
+    opt = Sophia([group], lr=torch.tensor(0.1), mode="manual", capturable=True, foreach=foreach)
+    opt.step()
+    with Reads() as reads:
+        opt.step()
+    assert reads.count == 0

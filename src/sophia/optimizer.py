@@ -516,12 +516,16 @@ class Sophia(torch.optim.Optimizer):
         that were unfrozen since. Read from this rank's shards, which may be empty, and no collective: one
         rank may ask alone. So a training forward, which is every rank's, outweighs gradients of zero.
         """
-        if any(_number(group["lr"]) != 0 for group in self.param_groups):
+        rates = [group["lr"] for group in self.param_groups]
+        if any(lr != 0 for lr in rates if not isinstance(lr, Tensor)):
             return False
         if self._recorder is not None and self._recorder.counts():
             return False
         asked = [p for p in self._parameters() if p.grad is not None]
         if not asked or any(self.state.get(p) for p in asked):
+            return False
+        # After what may end it: to read a tensor waits for its device, which no captured step may do.
+        if any(_number(lr) != 0 for lr in rates):
             return False
         return not any(bool(local(p.grad).any()) for p in asked if p.grad is not None)
 

@@ -199,6 +199,19 @@ def test_the_tables_are_made_again_only_when_something_moved(interpreted):
         assert made[-1].tolist()[: len(addresses)] == addresses
 
 
+def test_a_table_that_a_graph_has_captured_is_kept(monkeypatch):
+    """A replay would read addresses out of memory that the next other table has given back."""
+    device, table = torch.device("cpu"), torch.zeros(3)
+    monkeypatch.setattr(fused_cuda, "_last", {device: ([1, 2], table)})
+    monkeypatch.setattr(fused_cuda, "_captured", [])
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    assert fused_cuda._table([1, 2], device) is table
+    assert not fused_cuda._captured
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    assert fused_cuda._table([1, 2], device) is table
+    assert fused_cuda._captured[0][0] is table
+
+
 @GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):

@@ -138,6 +138,8 @@ def _table(entries: list[int], device: torch.device) -> Tensor:
     """The table on the device; the last one if nothing moved, which is most steps."""
     known = _last.get(device)
     if known is not None and known[0] == entries:
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append((known[1],))  # the next other table would free it under the graph
         return known[1]
     host = torch.tensor(entries, dtype=torch.int64)
     if device.type != "cuda":
