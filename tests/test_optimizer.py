@@ -527,6 +527,13 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_corrections_that_a_graph_would_freeze_are_refused():
+    """A captured step of the damped rule would correct for the start at zero for ever, without a word."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(3))], "scale": 1.0}]
+    with pytest.raises(RuntimeError, match="capturable=True with rule='damped'.*captured graph would repeat"):
+        Sophia(groups, lr=0.1, mode="manual", rule="damped", capturable=True)
+
+
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("rule", ["paper", "spectral"])
 def test_a_step_with_a_tensor_lr_reads_no_number(rule, foreach):

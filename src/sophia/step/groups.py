@@ -148,6 +148,12 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
             f"rule={group['rule']!r} decomposes matrices every few steps, which goes with neither "
             "differentiable=True nor capturable=True: use rule='paper'"
         )
+    if group["capturable"] and RULES[group["rule"]].has_curvature and RULES[group["rule"]].starts_corrected:
+        raise RuntimeError(
+            f"capturable=True with rule={group['rule']!r}: it corrects m and h for their start at zero by "
+            "numbers that change at every step, and a captured graph would repeat those of one. Use "
+            "rule='paper', or leave capturable out"
+        )
     every = group["update_every"]
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(
