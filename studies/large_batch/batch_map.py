@@ -5,9 +5,9 @@
 
 GPT-2 of 2 layers and width 32 (0.17M parameters, four fifths of them the token table), 64 tokens of context,
 each batch with its own full cosine schedule. Rules: AdamW and the published rule (Sophia-G, refreshed each
-fifth step), each with one rate for all tensors and with two in a fixed proportion, and a control that draws no
-labels: the published rule with squares of the training gradient. Rates are searched at each batch alike, on
-one seed: begin where the batch before ended, double, then go on away from the worse until the best has a
+fifth step), each with one rate for all tensors and with two in a fixed proportion, and a control that draws
+no labels: the published rule with squares of the training gradient. Rates are searched at each batch alike,
+on one seed: begin where the batch before ended, double, then go on away from the worse until the best has a
 worse one on both sides, five at most. That is a map, not a verdict; with ``--seeds`` the best rate of each
 rule with two rates is run on seeds that chose nothing.
 
