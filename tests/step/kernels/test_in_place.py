@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sophia.step import second_moments
 from sophia.step.kernels import in_place, single_tensor
 from sophia.step.rules import FACTORED, SPECTRAL, WHITENED, StepSettings
 
@@ -49,6 +50,26 @@ def test_it_is_the_plain_step(rule, maximize, layout):
     for ours, plain in zip(runs[1][1], runs[0][1], strict=True):
         for name, value in plain.items():
             torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 50), (50, 6), (6, 11), (5, 5), (1, 40), (40, 1)])
+def test_a_table_that_moves_piece_by_piece_moves_as_a_whole(shape, monkeypatch):
+    """Rows left out or moved twice, or a last piece that is shorter than the short side and so transposed."""
+    start, draw = torch.randn(shape, dtype=torch.float64), torch.Generator().manual_seed(1)
+    grads = [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(4)]
+    settings = StepSettings(FACTORED, 0.03, 0.8, 0.0, 1e-8, 0.2, damping=1e-6, scale=0.7, beta2=0.9, every=2)
+    ends = []
+    for kernel, piece in ((single_tensor, 10**9), (in_place, 1), (in_place, 30)):
+        monkeypatch.setattr(second_moments, "_PIECE", piece)
+        param, (state,) = start.clone(), states_of(FACTORED, [shape])
+        for grad in grads:
+            kernel.step([param], [grad], [state["exp_avg"]], [state], settings)
+        ends.append((param, state["mean_squares"]))
+    for param, squares in ends[1:]:
+        torch.testing.assert_close(param, ends[0][0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(squares, ends[0][1], rtol=1e-12, atol=0)
+    monkeypatch.setattr(second_moments, "_PIECE", 30)
+    assert len(list(second_moments._parts(50, 6))) > 2
 
 
 @pytest.mark.parametrize(
