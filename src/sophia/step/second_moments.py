@@ -172,8 +172,8 @@ def _mean_squares(x: Tensor) -> Tensor:
 
 
 def _parts(long: int, short: int) -> Iterator[slice]:
-    """Of the long side, each as long as the short one at least, so that it stays the long one."""
-    number = max(1, min(long // max(short, 1), long * short // _PIECE))
+    """Of the long side, each longer than the short one: a square piece would not tell which side is which."""
+    number = max(1, min(long // (short + 1), long * short // _PIECE))
     ends = [long * i // number for i in range(number + 1)]
     return map(slice, ends[:-1], ends[1:])
 
