@@ -53,7 +53,9 @@ def test_the_package_has_its_names_all_the_same():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
-@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["contenders"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compare", "--help"], ["contenders"], ["--version"], ["doctor"]], ids=" ".join
+)
 def test_a_reader_that_has_gone_ends_it_without_a_traceback(arguments):
     """``sophia compare --help | head -3``."""
     code = f"from sophia.lab.cli import main; main({arguments!r})"
