@@ -129,28 +129,29 @@ def check_group(group: Mapping[str, Any], *, rounds: bool = False) -> None:
     check_number("eps", group["eps"], above=0.0)
     check_number("weight_decay", group["weight_decay"], at_least=0.0)
     check_option("rule", group["rule"], tuple(RULES))
+    rule = RULES[group["rule"]]
     check_number("damping", group["damping"], at_least=0.0)
     check_number("scale", group["scale"], above=0.0)
-    if group["scale"] != 1.0 and not RULES[group["rule"]].needs_model:
+    if group["scale"] != 1.0 and not rule.needs_model:
         raise ValueError(
-            f"scale={group['scale']!r} with rule={group['rule']!r}: that rule moves all kinds of tensors "
+            f"scale={group['scale']!r} with rule={rule.name!r}: that rule moves all kinds of tensors "
             "by lr alone. Give the group another lr, or another rule"
         )
-    kept = RULES[group["rule"]].statistics
+    kept = rule.statistics
     if kept is not None and group["damping"] > 0.1:
         raise ValueError(
-            f"damping={group['damping']!r} with rule={group['rule']!r}: there it is added to second moments "
+            f"damping={group['damping']!r} with rule={rule.name!r}: there it is added to second moments "
             "in units of their mean, and so much would level most of them; the floor of a curvature, which "
             "is of that size, is rule='damped'. Leave it out, or give at most 0.1"
         )
     if kept is not None and kept.decomposes and (group["differentiable"] or group["capturable"]):
         raise RuntimeError(
-            f"rule={group['rule']!r} decomposes matrices every few steps, which goes with neither "
+            f"rule={rule.name!r} decomposes matrices every few steps, which goes with neither "
             "differentiable=True nor capturable=True: use rule='paper'"
         )
-    if group["capturable"] and RULES[group["rule"]].has_curvature and RULES[group["rule"]].starts_corrected:
+    if group["capturable"] and rule.has_curvature and rule.starts_corrected:
         raise RuntimeError(
-            f"capturable=True with rule={group['rule']!r}: it corrects m and h for their start at zero by "
+            f"capturable=True with rule={rule.name!r}: it corrects m and h for their start at zero by "
             "numbers that change at every step, and a captured graph would repeat those of one. Use "
             "rule='paper', or leave capturable out"
         )

@@ -64,10 +64,11 @@ class SecondMoments(Protocol):
 
     def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
         """The same piece by piece, with the places: of a large table never all is in memory at once."""
+        yield ..., self.direction(kept, seen)
 
 
 @dataclass(frozen=True)
-class Equilibrated:
+class Equilibrated(SecondMoments):
     """For hidden matrices: nothing but this step's momentum, whose rows and columns are scaled alike."""
 
     power: float
@@ -82,12 +83,9 @@ class Equilibrated:
         fast = None if torch.is_grad_enabled() else polar_of
         return spectral_direction(u, power=self.power, polar_of=fast)
 
-    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
-        yield ..., self.direction(kept, seen)
-
 
 @dataclass(frozen=True)
-class Whitened:
+class Whitened(SecondMoments):
     """For hidden matrices: the short side's second moment and its eigenvectors; of the long side nothing."""
 
     power: float
@@ -109,12 +107,9 @@ class Whitened:
             polar_of=polar_of,
         )
 
-    def pieces(self, kept: MutableMapping[str, Tensor], seen: Moment) -> Iterator[tuple[Place, Tensor]]:
-        yield ..., self.direction(kept, seen)
-
 
 @dataclass(frozen=True)
-class Factored:
+class Factored(SecondMoments):
     """For other matrices: the short side's second moment, its eigenvectors and the mean squares along them,
     and the long side's mean squares; the second moment of every entry of what is no matrix.
     """

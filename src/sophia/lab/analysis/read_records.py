@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sophia.lab.config.record_format import EndNumber, said_of_curvature
+from sophia.lab.config.record_format import EndNumber, zeros_of_curvature
 from sophia.lab.records.pack_file import Pack, pack_of, read_pack
 from sophia.lab.records.reading import number, read_object
 from sophia.lab.records.stored_run import read_run
@@ -171,7 +171,7 @@ def _read_run(
     problems.extend(stored.problems)
     train = tuple(r for r in stored.rows if r.get("kind") == "train")
     result: Row = stored.result
-    if train and (zeros := said_of_curvature(train[-1])):
+    if train and (zeros := zeros_of_curvature(train[-1])):
         train = tuple({key: row[key] for key in row if key not in zeros} for row in train)
         result = {**result, "unclipped": None}
     status = "unfinished" if stored.started else "missing"

@@ -8,7 +8,7 @@ The log (``log.jsonl``) holds `TrainRow` and `EvaluationRow`, told apart by ``ki
 from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypedDict
 
-__all__ = ["EndNumber", "EndRow", "EvaluationRow", "SharedPart", "TrainRow", "said_of_curvature"]
+__all__ = ["EndNumber", "EndRow", "EvaluationRow", "SharedPart", "TrainRow", "zeros_of_curvature"]
 
 
 class TrainRow(TypedDict):
@@ -41,12 +41,12 @@ class TrainRow(TypedDict):
     """
 
 
-def said_of_curvature(numbers: Mapping[str, Any]) -> frozenset[str]:
+def zeros_of_curvature(numbers: Mapping[str, Any]) -> frozenset[str]:
     """Names of what an optimizer says of h, where it has none: zeros that no table or picture may show.
 
-    >>> sorted(said_of_curvature({"has_curvature": 0.0, "unclipped": 0.0, "h_q50": 0.0, "lr": 0.1}))
+    >>> sorted(zeros_of_curvature({"has_curvature": 0.0, "unclipped": 0.0, "h_q50": 0.0, "lr": 0.1}))
     ['h_q50', 'unclipped']
-    >>> said_of_curvature({"has_curvature": 0.9, "unclipped": 0.2}), said_of_curvature({"unclipped": 0.2})
+    >>> zeros_of_curvature({"has_curvature": 0.9, "unclipped": 0.2}), zeros_of_curvature({"unclipped": 0.2})
     (frozenset(), frozenset())
     """
     if numbers.get("has_curvature", 1) != 0:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from sophia.lab.config import schedules
-from sophia.lab.config.record_format import EndRow, EvaluationRow, TrainRow, said_of_curvature
+from sophia.lab.config.record_format import EndRow, EvaluationRow, TrainRow, zeros_of_curvature
 from sophia.lab.config.run import Run
 from sophia.lab.data.tokens import Tokens
 from sophia.lab.models import build
@@ -175,7 +175,7 @@ def _evaluate(parts: Components, position: Position, record: Record) -> float:
 
 def _append_train_row(parts: Components, position: Position, record: Record, norm: float) -> TrainRow:
     said: dict[str, Any] = parts.team.stats(parts.optimizer)
-    zeros = said_of_curvature(said)
+    zeros = zeros_of_curvature(said)
     numbers = {key: value for key, value in said.items() if key not in zeros}
     loss, clipped = position.means()
     row: TrainRow = {
